@@ -1,0 +1,16 @@
+"""minicot: chain-of-thought alignment, from scratch and in the open.
+
+Read in this order:
+
+    losses.py      every loss, pure functions of tensors: what the papers are about
+    model.py       the decoder that the losses train (Llama, Mistral, Qwen)
+    weights.py     Hugging Face folders in and out
+    tokenizer.py   text <-> ids, and the chat template
+    answers.py     what the answer of a response is, and whether it is right
+    toy/           a small world of problems whose truth is known
+    data.py        problems and graded responses -> batches of tensors
+    scoring.py     log-probabilities of a batch
+    sampling.py    new responses, graded
+    metrics.py     accuracies with intervals
+    training.py    what a training loop needs besides the loop, which stands in train.py
+"""

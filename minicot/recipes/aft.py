@@ -1,0 +1,565 @@
+"""AFT, "Making Large Language Models Better Reasoners with Alignment" (arXiv 2309.02144): toy world or real
+sets.
+
+    python -m minicot.recipes.aft                    # toy world, 3 seeds, under two hours on two CPU cores
+    python -m minicot.recipes.aft --fast             # a tenth of the work, one seed, about ten minutes
+    python -m minicot.recipes.aft --data gsm8k:PATH --init SmolLM2-135M --device cuda --seeds 2
+
+The path (paper, section 4): base -> VFT (fine-tuning on solutions) -> K samples a training question, graded
+by their final answer -> alignment of the same VFT model on the same samples by each method: plain, detached,
+boundary. Each method gets the same grid of learning rates (boundary: and of margins) at the first seed,
+chosen by greedy accuracy on validation problems; the chosen setting runs at every seed and meets the test
+problems once. Ranking feedback (the paper's GSM8K-RANK) replaces right/wrong by the step oracle's grade of
+each chain. CLAIMS were written down before the run.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from minicot import plots
+from minicot.data import (
+    collate,
+    encode_row,
+    make_groups,
+    read_problems,
+    read_samples,
+    samples_to_row,
+    target,
+    to_groups,
+)
+from minicot.losses import better_than, sequence_logps
+from minicot.metrics import (
+    assessment_accuracy,
+    paired_difference,
+    perplexity,
+    rerank_accuracy,
+    share_with_pair,
+)
+from minicot.recipes.cells import command, from_hex, judge, run_cell, to_hex
+from minicot.scoring import score
+from minicot.tokenizer import Tokenizer
+from minicot.training import ROOT, write_json, write_jsonl
+from minicot.weights import load_model
+
+RUNS, RESULTS = Path("runs/aft"), ROOT / "minicot" / "recipes" / "results"
+CONSTRAINTS = ("none", "detached", "boundary")
+METHODS = ("rft", *(f"{method}-{c}" for method in ("dpo", "rrhf", "pro", "aft") for c in CONSTRAINTS))
+RANKED = ("rank-rrhf-none", "rank-pro-none", *(f"rank-aft-{c}" for c in CONSTRAINTS))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    problems: int = 600  # training questions that are sampled and aligned on
+    k: int = 8  # responses a question
+    epochs: float = 1.0
+    batch_size: int = 8  # questions a step
+    validation: int = 300  # problems that choose a setting
+    test: int = 1000  # problems of the table
+    pool: int = 200  # held-out questions of A-accuracy and of the reference NLL
+    votes: int = 8  # samples of majority@k on the test problems
+    lrs: tuple = (1e-4, 3e-4, 1e-3)
+    margins: tuple = (0.05, 0.3)
+    seeds: int = 3
+
+
+FAST = Sizes(
+    problems=120, k=6, validation=100, test=200, pool=60, votes=4, lrs=(3e-4,), margins=(0.3,), seeds=1
+)
+SLICE = Sizes(
+    problems=64, k=4, validation=64, test=64, pool=64, votes=1, lrs=(1e-5,), margins=(0.3,), seeds=1
+)
+
+# id, text, metric, ours, other, rule (see cells.judge)
+CLAIMS = [
+    dict(zip(("id", "text", "metric", "ours", "other", "rule"), row))
+    for row in (
+        (
+            "a",
+            "VFT misjudges: held-out A-accuracy below 80 % (paper: 62 to 72)",
+            "a_held",
+            "vft",
+            None,
+            "below 0.8",
+        ),
+        ("b1", "AFT detached beats VFT", "accuracy", "aft-detached", "vft", "up"),
+        ("b2", "AFT boundary beats VFT", "accuracy", "aft-boundary", "vft", "up"),
+        ("b3", "AFT detached is at least level with RFT", "accuracy", "aft-detached", "rft", "level"),
+        ("b4", "AFT boundary is at least level with RFT", "accuracy", "aft-boundary", "rft", "level"),
+        ("b5", "AFT detached raises held-out A-accuracy over VFT", "a_held", "aft-detached", "vft", "up"),
+        ("b6", "AFT boundary raises held-out A-accuracy over VFT", "a_held", "aft-boundary", "vft", "up"),
+        ("c1", "AFT without constraint, own setting, falls below VFT", "accuracy", "aft-none", "vft", "down"),
+        (
+            "c2",
+            "AFT without constraint, boundary's setting, falls below VFT",
+            "accuracy",
+            "aft-none@twin",
+            "vft",
+            "down",
+        ),
+        (
+            "c3",
+            "... and its reference NLL rises over boundary's",
+            "reference_nll",
+            "aft-none@twin",
+            "aft-boundary",
+            "up",
+        ),
+        *(
+            (
+                f"d-{m}-{c}",
+                f"{m.upper()} gains by the {c} constraint",
+                "accuracy",
+                f"{m}-{c}",
+                f"{m}-none",
+                "up",
+            )
+            for m in ("rrhf", "pro", "dpo")
+            for c in CONSTRAINTS[1:]
+        ),
+        ("e1", "ranking feedback: RRHF falls below VFT", "accuracy", "rank-rrhf-none", "vft", "down"),
+        ("e2", "ranking feedback: PRO falls below VFT", "accuracy", "rank-pro-none", "vft", "down"),
+        (
+            "e3",
+            "ranking feedback: AFT detached does not fall",
+            "accuracy",
+            "rank-aft-detached",
+            "vft",
+            "level",
+        ),
+        (
+            "e4",
+            "ranking feedback: AFT boundary does not fall",
+            "accuracy",
+            "rank-aft-boundary",
+            "vft",
+            "level",
+        ),
+    )
+]
+PAPER = {
+    "vft": "36.48 (LLaMA-7B, GSM8K)",
+    "aft-boundary": "40.43",
+    "aft-detached": "about as boundary",
+    "rft": "slightly under AFT",
+    "rank-rrhf-none": "7.51 (its VFT: 20.82)",
+    "rank-aft-boundary": "26.08",
+}
+
+
+class Recipe:
+    """The folders and commands of the cells, runs/aft/<set>/<cell>-s<seed>/."""
+
+    def __init__(self, args, sizes):
+        self.args, self.sizes, self.toy = args, sizes, args.data == "toy"
+        self.root = RUNS / (args.data.split(":")[0] + ("-fast" if args.fast else ""))
+        self.cuda = {"device": args.device, "dtype": "bfloat16" if args.device == "cuda" else None}
+
+    def folder(self, name, seed):
+        return self.root / f"{name.replace('@', '-at-')}-s{seed}"
+
+    def run(self, folder, commands, inputs=()):
+        run_cell(folder, commands, inputs, fresh=self.args.fresh)
+
+    def vft(self, seed):
+        """Fine-tune the base model; sample the training questions and a held-out pool from it."""
+        s, a, out = self.sizes, self.args, self.folder("vft", seed)
+        train = command(
+            "train.py",
+            "--overwrite",
+            data=a.data,
+            init=a.init,
+            split=a.train_split,
+            seed=seed,
+            out=out / "model",
+            **self.cuda,
+        )
+        pools = [
+            command(
+                "sample.py",
+                "--overwrite",
+                data=a.data,
+                model=out / "model",
+                split=split,
+                limit=limit,
+                n=s.k,
+                seed=seed,
+                out=out / file,
+                batch_size=256,
+                reward="steps" if self.toy else None,
+                **self.cuda,
+            )
+            for file, split, limit in (
+                ("graded.jsonl", a.train_split, s.problems),
+                ("graded_pool.jsonl", a.validation_split, s.pool),
+            )
+        ]
+        self.run(out, [train + a.train_flags.split(), *pools])
+        for graded, plain in (("graded.jsonl", "samples.jsonl"), ("graded_pool.jsonl", "pool.jsonl")):
+            rows = [
+                replace(group, responses=[replace(response, reward=None) for response in group.responses])
+                for group in read_samples(out / graded)
+            ]  # right/wrong: the same responses, grades left out
+            write_jsonl(out / plain, map(samples_to_row, rows))
+
+    def align(self, name, seed, folder, lr, margin, *switches):
+        """(align.py's command for a cell such as "rank-aft-boundary", its input files)."""
+        s, vft = self.sizes, self.folder("vft", seed)
+        method, _, constraint = name.partition("@")[0].removeprefix("rank-").partition("-")
+        samples = vft / ("graded.jsonl" if name.startswith("rank-") else "samples.jsonl")
+        dpo = (
+            dict(pair_low=0.001, pair_high=0.999, ref_logps=vft / "ref_logps.safetensors")
+            if method == "dpo"
+            else {}
+        )
+        words = command(
+            "align.py",
+            "--overwrite",
+            *switches,
+            method=method,
+            constraint=constraint or "none",
+            lr=lr,
+            margin=margin,
+            init=vft / "model",
+            samples=samples,
+            epochs=s.epochs,
+            batch_size=s.batch_size,
+            seed=seed,
+            probe_every=0,
+            save_every=0,
+            out=folder / "model",
+            **self.cuda,
+            **dpo,
+        )
+        return words, [samples, vft / "model" / "model.safetensors"]
+
+    def evaluate(self, model, out, split, limit, n, seed):
+        return command(
+            "sample.py",
+            "--evaluate",
+            data=self.args.data,
+            model=model,
+            split=split,
+            limit=limit,
+            n=n,
+            seed=seed,
+            batch_size=256,
+            out=out,
+            device=self.args.device,
+        )
+
+    def grid_cell(self, name, lr, margin):
+        """One setting at the first seed -> its greedy accuracy on validation problems."""
+        folder = self.root / "grid" / f"{name}-lr{lr:g}{'' if margin is None else f'-margin{margin:g}'}"
+        words, inputs = self.align(name, 0, folder, lr, margin)
+        out = folder / "validation.json"
+        evaluate = self.evaluate(
+            folder / "model", out, self.args.validation_split, self.sizes.validation, 1, 0
+        )
+        self.run(folder, [words, evaluate], inputs)
+        found = json.loads(out.read_text())["metrics"]
+        return {
+            "name": name,
+            "lr": lr,
+            "margin": margin,
+            **{key: round(found[key], 4) for key in ("accuracy", "missing_answers", "repeated_4grams")},
+        }
+
+    def cell(self, name, seed, lr=None, margin=None, *switches):
+        """One method at one seed: aligned, evaluated on the test problems, assessed -> its row of the
+        results."""
+        s, folder = self.sizes, self.folder(name, seed)
+        if name == "vft":  # made by vft() already
+            model, commands, inputs = folder / "model", [], [folder / "model" / "model.safetensors"]
+            folder = folder / "evaluation"
+        else:
+            words, inputs = self.align(name, seed, folder, lr, margin, *switches)
+            model, commands = folder / "model", [words]
+        out = folder / "test.json"
+        self.run(
+            folder,
+            [*commands, self.evaluate(model, out, self.args.test_split, s.test, s.votes, seed)],
+            inputs,
+        )
+        results, assessed = json.loads(out.read_text()), self.assess(model, seed)
+        return {
+            "name": name,
+            "seed": seed,
+            "settings": {"lr": lr, "margin": margin},
+            "metrics": {**results["metrics"], **assessed},
+            "correct": to_hex(results["correct"]),
+        }
+
+    @torch.no_grad()
+    def assess(self, model_folder, seed):
+        """Of a model, on the VFT model's own samples of training and of held-out questions: A-accuracy (a
+        problem's right pairs and pairs), reranking by own score, perplexity of right and of wrong responses;
+        NLL of reference solutions."""
+        tokenizer = Tokenizer(model_folder)
+        model = load_model(model_folder, dtype=torch.float32, device=self.args.device)
+        found, context = {}, model.config.max_position_embeddings
+        for name, file in (("train", "samples.jsonl"), ("held", "pool.jsonl")):
+            samples = read_samples(self.folder("vft", seed) / file)[: self.sizes.pool]
+            groups, _ = make_groups(tokenizer, samples, mode="cot", max_length=context, reference=False)
+            tables, logps_of = [], {True: [], False: []}
+            for start in range(0, len(groups), 16):
+                batch = collate(groups[start : start + 16], tokenizer.pad_id).to(self.args.device)
+                logps = score(model, batch)
+                scores = to_groups(sequence_logps(logps, batch.loss_mask, reduce="mean"), batch).cpu().numpy()
+                better, right = (
+                    better_than(batch.rewards, batch.present).cpu().numpy(),
+                    (batch.correct == 1).cpu(),
+                )
+                tables += [
+                    (
+                        assessment_accuracy(scores[b : b + 1], better[b : b + 1]),
+                        share_with_pair(better[b : b + 1]),
+                        rerank_accuracy(scores[b : b + 1], right[b : b + 1], batch.present[b : b + 1].cpu()),
+                    )
+                    for b in range(len(scores))
+                ]
+                for logp, mask, b, k in zip(logps.cpu(), batch.loss_mask.cpu(), batch.group, batch.slot):
+                    logps_of[bool(right[b, k])].append(logp[mask].tolist())
+            pairs = [list(counts) for counts, _, _ in tables]
+            found |= {
+                f"a_{name}": round(sum(r for r, _ in pairs) / max(1, sum(n for _, n in pairs)), 5),
+                f"with_pair_{name}": round(sum(t[1] for t in tables) / len(tables), 4),
+                f"rerank_{name}": round(sum(t[2] for t in tables) / len(tables), 4),
+                **{
+                    f"ppl_{'right' if kind else 'wrong'}_{name}": round(perplexity(rows), 4)
+                    for kind, rows in logps_of.items()
+                    if rows
+                },
+            }
+            if name == "held":
+                found["a_held_pairs"] = pairs
+        solved = [
+            p
+            for p in read_problems(self.args.data, self.args.validation_split, limit=self.sizes.pool)
+            if p.solution
+        ]
+        nlls = []
+        for start in range(0, len(solved), 32):
+            rows = [
+                [encode_row(tokenizer, p, target(p, "cot"), mode="cot")] for p in solved[start : start + 32]
+            ]
+            batch = collate(rows, tokenizer.pad_id).to(self.args.device)
+            nlls += (-sequence_logps(score(model, batch), batch.loss_mask, reduce="mean")).tolist()
+        if nlls:
+            found |= {
+                "reference_nll": sum(nlls) / len(nlls),
+                "reference_nlls": [round(nll, 3) for nll in nlls],
+            }
+        return found
+
+    def scores(self, name):
+        """(scores of right, scores of wrong responses) of the first seed's held-out pool: for the
+        histograms."""
+        folder = self.folder(name, 0) / "model"
+        tokenizer, model = Tokenizer(folder), load_model(folder, dtype=torch.float32)
+        samples = read_samples(self.folder("vft", 0) / "pool.jsonl")
+        groups, _ = make_groups(tokenizer, samples, mode="cot", max_length=10**6, reference=False)
+        found = {True: [], False: []}
+        with torch.no_grad():
+            for group in groups:
+                batch = collate([group], tokenizer.pad_id)
+                values = sequence_logps(score(model, batch), batch.loss_mask, reduce="mean").tolist()
+                for row, value in zip(group, values):
+                    found[bool(row.correct)].append(value)
+        return found[True], found[False]
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def numbers(cells, name, metric):
+    """(seeds, problems) numbers of a cell name whose mean is the metric; [] where it did not run."""
+    rows = []
+    for cell in sorted((c for c in cells if c["name"] == name), key=lambda c: c["seed"]):
+        if metric == "accuracy":
+            rows.append(from_hex(cell["correct"]))
+        elif metric == "reference_nll":
+            rows.append(cell["metrics"].get("reference_nlls", []))
+        else:  # right pairs of a problem over the mean number of pairs: their mean is the ratio
+            pairs = cell["metrics"]["a_held_pairs"]
+            mean = sum(n for _, n in pairs) / len(pairs)
+            rows.append([right / mean for right, _ in pairs])
+    return rows
+
+
+def judge_all(cells):
+    found = []
+    for claim in CLAIMS:
+        ours = numbers(cells, claim["ours"], claim["metric"])
+        other = claim["other"] and numbers(cells, claim["other"], claim["metric"])
+        if all(ours) and ours and (claim["other"] is None or (other and all(other))):
+            found.append(judge(claim, ours, other))
+    return found
+
+
+def table(results):
+    """Results -> the README's tables, in Markdown."""
+    cells, k = results["cells"], results["sizes"]["votes"]
+    vft = numbers(cells, "vft", "accuracy")
+    lines = [
+        f"| cell | accuracy | over VFT [95 %] | majority@{k} | A-accuracy train / held-out | reference NLL "
+        "| no answer | repeated 4-grams | paper |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(cell["name"] for cell in cells):
+        rows = [cell["metrics"] for cell in cells if cell["name"] == name]
+        mean = {
+            key: sum(row.get(key, float("nan")) for row in rows) / len(rows)
+            for key in (
+                "accuracy",
+                "majority",
+                "a_train",
+                "a_held",
+                "reference_nll",
+                "missing_answers",
+                "repeated_4grams",
+            )
+        }
+        over = (
+            ""
+            if name == "vft"
+            else "{:+.1%} [{:+.1%}, {:+.1%}]".format(
+                *paired_difference(vft, numbers(cells, name, "accuracy"))
+            )
+        )
+        lines.append(
+            "| {name} | {accuracy:.1%} | {over} | {majority:.1%} | {a_train:.1%} / {a_held:.1%} "
+            "| {reference_nll:.3f} "
+            "| {missing_answers:.1%} | {repeated_4grams:.1%} | {paper} |".format(
+                name=name, over=over, paper=PAPER.get(name, ""), **mean
+            )
+        )
+    lines += ["", "| claim | difference [95 %] | verdict |", "|---|---|---|"]
+    lines += [
+        f"| {c['id']}. {c['text']} | {c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}] "
+        f"| {c['verdict']} |"
+        for c in results["claims"]
+    ]
+    return "\n".join(lines)
+
+
+def draw(results, recipe, out):
+    """Differences with intervals; scores over training with and without the constraint; histograms VFT
+    beside AFT."""
+    cells = results["cells"]
+    vft = numbers(cells, "vft", "accuracy")
+    rows = [
+        (name, *paired_difference(vft, numbers(cells, name, "accuracy")))
+        for name in dict.fromkeys(cell["name"] for cell in cells)
+        if name != "vft"
+    ]
+    plots.differences(rows, "greedy accuracy over VFT", out / f"{recipe.root.name}_aft_differences.svg")
+    logs = {
+        name: (recipe.folder(name, 0) / "model" / "metrics.jsonl").read_text().splitlines()
+        for name in ("aft-none@twin", "aft-detached", "aft-boundary")
+    }
+    plots.scores_over_training(
+        {name: list(map(json.loads, log)) for name, log in logs.items()},
+        out / f"{recipe.root.name}_aft_collapse.svg",
+    )
+    plots.score_histograms(
+        {name: recipe.scores(name) for name in ("vft", "aft-boundary")},
+        out / f"{recipe.root.name}_aft_misalignment.svg",
+    )
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", default="toy")
+    parser.add_argument("--init", default="toy", help="base model folder")
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--problems", type=int, help="training questions")
+    parser.add_argument("--samples-per", type=int, help="K, responses a question")
+    parser.add_argument("--fast", action="store_true", help="a tenth of the work; never written to results/")
+    parser.add_argument("--fresh", action="store_true", help="run every cell again")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at once (CPU: one thread each)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--train-flags", default="", help="further flags of train.py, such as '--lr 2e-5'")
+    parser.add_argument("--train-split", default="train")
+    parser.add_argument("--validation-split", default="validation")
+    parser.add_argument("--test-split", default="test")
+    parser.add_argument("--table", action="store_true", help="print the tables of the committed results")
+    args = parser.parse_args(argv)
+    name = "aft" if args.data == "toy" else "aft_" + args.data.split(":")[0]
+    if args.table:
+        print(table(json.loads((RESULTS / f"{name}.json").read_text())))
+        return
+    sizes = (FAST if args.data == "toy" else SLICE) if args.fast else Sizes()
+    given = {"seeds": args.seeds, "problems": args.problems, "k": args.samples_per}
+    sizes = replace(sizes, **{key: value for key, value in given.items() if value})
+    recipe, started = Recipe(args, sizes), time.perf_counter()
+    if args.device == "cpu":
+        os.environ["OMP_NUM_THREADS"] = "1" if args.jobs > 1 else "2"
+        torch.set_num_threads(1)
+
+    methods = METHODS + RANKED if recipe.toy else METHODS
+    settings = [
+        (method, lr, margin)
+        for method in methods
+        for lr in sizes.lrs
+        for margin in (sizes.margins if method.endswith("boundary") else (None,))
+    ]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(recipe.vft, range(sizes.seeds)))
+        grid = list(pool.map(lambda setting: recipe.grid_cell(*setting), settings))
+        best = {m: max((g for g in grid if g["name"] == m), key=lambda g: g["accuracy"]) for m in methods}
+        chosen = {m: (g["lr"], g["margin"]) for m, g in best.items()}
+        chosen["aft-none@twin"] = (chosen["aft-boundary"][0], None)
+        cells = list(
+            pool.map(
+                lambda job: recipe.cell(*job),
+                [
+                    *(("vft", seed) for seed in range(sizes.seeds)),
+                    *((method, seed, *chosen[method]) for seed in range(sizes.seeds) for method in chosen),
+                ],
+            )
+        )
+        unranked = [
+            (f"{m}@reference-not-ranked", 0, *chosen[m], "--no-reference-in-positives")
+            for m in ("aft-detached", "aft-boundary")
+        ]
+        ablations = list(pool.map(lambda job: recipe.cell(*job), unranked))
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    results = {
+        "command": " ".join(["python -m minicot.recipes.aft", *(argv if argv is not None else sys.argv[1:])]),
+        "commit": commit.stdout.strip(),
+        "minutes": round((time.perf_counter() - started) / 60, 1),
+        "device": torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"CPU, {args.jobs} jobs of one thread",
+        "sizes": asdict(sizes),
+        "claims": judge_all(cells),
+        "cells": cells,
+        "grid": grid,
+        "ablations_one_seed": ablations,
+    }
+    out = recipe.root / "results" if args.fast else RESULTS
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / f"{name}.json", results, indent=None)
+    draw(results, recipe, out)
+    print(table(results))
+    print(f"{results['minutes']} minutes -> {out / name}.json")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from None

@@ -1,0 +1,83 @@
+"""What the recipes share: cells (commands that run once), claims (judged by the interval), the results file.
+
+A cell is a list of commands of the three scripts in a folder of its own under runs/. They are printed, so
+that any cell can be run by hand; a cell whose cell.json names the same commands and inputs is not run again.
+"""
+
+import hashlib
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from minicot.metrics import mean_interval, paired_difference, verdict
+from minicot.training import write_json
+
+
+def command(script, *switches, **flags):
+    """command("train.py", "--overwrite", lr=1e-3) -> ["train.py", "--overwrite", "--lr", "0.001"]; None is
+    left out."""
+    words = [script, *switches]
+    for name, value in flags.items():
+        if value is not None:
+            words += ["--" + name.replace("_", "-"), str(value)]
+    return words
+
+
+def run_cell(folder, commands, inputs=(), *, fresh=False):
+    """Run the commands, their output going to <folder>/log.txt, unless cell.json says that these commands, on
+    input files of this content, are done. A command that fails ends the recipe with its own last line."""
+    digest = {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] for path in inputs}
+    done = {"commands": [shlex.join(["python", *words]) for words in commands], "inputs": digest}
+    mark, log = folder / "cell.json", folder / "log.txt"
+    if mark.is_file() and not fresh and json.loads(mark.read_text()) == done:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.unlink(missing_ok=True)
+    for line, words in zip(done["commands"], commands):
+        print(line, flush=True)
+        with open(log, "a") as file:
+            code = subprocess.run(
+                [sys.executable, *words], stdout=file, stderr=subprocess.STDOUT, check=False
+            ).returncode
+        if code:
+            raise ValueError(
+                f"{line}: exit code {code}; {log} ends with {log.read_text().strip().splitlines()[-1:]}"
+            )
+    write_json(mark, done)
+
+
+def to_hex(bits):
+    """0/1 a problem -> hex digits (a leading 1 keeps the zeros in front)."""
+    return f"{int('1' + ''.join(map(str, bits)), 2):x}"
+
+
+def from_hex(digits):
+    return [int(bit) for bit in f"{int(digits, 16):b}"[1:]]
+
+
+def judge(claim, ours, other=None):
+    """claim {id, text, rule}, numbers (seeds, problems) of two cells -> the claim with its verdict and
+    interval.
+
+    rule: "up" | "down" (the difference ours - other), "level" (it does not lie below minus 2 points), or
+    "below X" (ours alone lies below X). Principle: written down before the run; holds, not seen or reversed
+    by the 95 % interval."""
+    rule = claim["rule"]
+    difference, low, high = paired_difference(other, ours) if other else mean_interval(ours)
+    if rule in ("up", "down"):
+        found = verdict(low, high, direction=rule)
+    elif rule == "level":
+        found = verdict(low, high, at_least=-0.02)
+    else:
+        found = verdict(-high, -low, at_least=-float(rule.removeprefix("below ")))
+    return {
+        **claim,
+        "verdict": found,
+        "difference": round(difference, 5),
+        "low": round(low, 5),
+        "high": round(high, 5),
+        "seeds": len(ours),
+        "problems": len(ours[0]),
+    }

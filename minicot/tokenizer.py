@@ -1,0 +1,182 @@
+"""A folder's tokenizer: text <-> ids through the tokenizers library, special ids, and the chat template.
+
+Reads tokenizer.json (required), tokenizer_config.json, generation_config.json and chat_template.jinja as
+transformers does, of which only the folder's own files are believed: no id and no template is guessed.
+"""
+
+import hashlib
+import json
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+from jinja2 import TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
+         "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+
+
+class Tokenizer:
+    """The tokenizer of a model folder. Nothing is added to a text: special tokens come from the chat
+    template.
+
+    vocab_size: ids are below it.  eos_id: what ends a trained response.  stop_ids: every id that ends a
+    sampled one (eos_id and those of generation_config.json).  bos_id: may be None.  pad_id: eos_id where the
+    folder names no pad token; padding is masked everywhere, so the choice changes nothing.  fingerprint: of
+    tokenizer.json and template.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        if not (self.folder / "tokenizer.json").is_file():
+            raise ValueError(f"{self.folder}: no tokenizer.json there")
+        self.files = {name: file.read_bytes() for name in FILES if (file := self.folder / name).is_file()}
+        try:
+            self.backend = tokenizers.Tokenizer.from_buffer(self.files["tokenizer.json"])
+        except Exception as error:  # noqa: BLE001 - it is what the library raises
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{self.folder / 'tokenizer.json'}: no readable tokenizer ({reason})") from None
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.backend.post_processor = None      # adds special tokens, which we never do, and trims offsets
+        self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+        config = self._json("tokenizer_config.json")
+        generation = self._json("generation_config.json")
+        self.special = {name: self._token(config, name) for name in SPECIAL if config.get(name) is not None}
+        self.bos_id, eos, pad = (self._token_id(name) for name in SPECIAL[:3])
+        stops = self._ids(generation, "eos_token_id")
+        if eos is None and not stops:
+            raise ValueError(f"{self.folder}: no eos in tokenizer_config.json or generation_config.json")
+        self.eos_id = stops[0] if eos is None else eos
+        self.pad_id = self.eos_id if pad is None else pad
+        self.stop_ids = tuple(dict.fromkeys([self.eos_id, *stops]))
+        self.chat_template = self._read_template(config)
+        source = self.files["tokenizer.json"] + b"\0" + (self.chat_template or "").encode()
+        self.fingerprint = hashlib.sha256(source).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; special tokens written out in it are read as such, none are added."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids, skip_special: bool = True) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def encode_pair(self, prompt: str, response: str) -> tuple[list[int], int]:
+        """(ids of prompt + response, tokenised as one text; how many of them are the prompt's).
+
+        A token that spans the boundary belongs to the response: the first token whose end lies beyond the
+        prompt opens it. So the response is what the model has to produce, and the prompt may lose its last
+        characters.
+        """
+        encoding = self.backend.encode(prompt + response, add_special_tokens=False)
+        ends = (end for _, end in encoding.offsets)
+        return encoding.ids, next((i for i, end in enumerate(ends) if end > len(prompt)), len(encoding.ids))
+
+    def chat_prompt(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+        """[{"role", "content"}, ...] -> the prompt text, by the folder's chat template."""
+        if self.chat_template is None:
+            raise ValueError(f"{self.folder}: no chat_template.jinja, none in tokenizer_config.json either")
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt,
+                                         tools=None, documents=None, **self.special)
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"{self.folder}: chat template: {' '.join(str(error).split())}") from None
+
+    def save(self, folder) -> None:
+        """Write the files it was read from, byte for byte."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            (Path(folder) / name).write_bytes(content)
+
+    @cached_property
+    def _template(self):
+        return environment().from_string(self.chat_template)
+
+    def _text(self, name: str) -> str:
+        try:
+            return self.files[name].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.folder / name}: not UTF-8 (at byte {error.start})") from None
+
+    def _json(self, name: str) -> dict:
+        """The object in a JSON file; empty where there is no such file."""
+        try:
+            value = json.loads(self._text(name)) if name in self.files else {}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.folder / name}:{error.lineno}: not JSON ({error.msg})") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"{self.folder / name}: holds {type(value).__name__}, not an object")
+        return value
+
+    def _token(self, config: dict, name: str) -> str:
+        """A token that tokenizer_config.json names, as a string or as {"content": string}."""
+        token = config[name]
+        content = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(content, str):
+            raise ValueError(f"{self.folder / 'tokenizer_config.json'}: {name} {token!r} is neither a string "
+                             "nor an object with a content")
+        return content
+
+    def _token_id(self, name: str) -> int | None:
+        if name not in self.special:
+            return None
+        if (token_id := self.backend.token_to_id(self.special[name])) is None:
+            raise ValueError(f"{self.folder / 'tokenizer_config.json'}: {name} {self.special[name]!r} is not "
+                             "in the vocabulary of tokenizer.json")
+        return token_id
+
+    def _ids(self, config: dict, name: str) -> list[int]:
+        """generation_config.json's eos_token_id: null, an id or a list of ids."""
+        value = config.get(name)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        for i in ids:
+            if type(i) is not int or not 0 <= i < self.vocab_size:
+                raise ValueError(f"{self.folder / 'generation_config.json'}: {name} {i!r} is not an id below "
+                                 f"{self.vocab_size}")
+        return ids
+
+    def _read_template(self, config: dict) -> str | None:
+        """chat_template.jinja wins over tokenizer_config.json's chat_template (text or a list of named)."""
+        if "chat_template.jinja" in self.files:
+            return self._text("chat_template.jinja")
+        template, where = config.get("chat_template"), self.folder / "tokenizer_config.json"
+        if isinstance(template, list):
+            named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+            if "default" not in named:
+                raise ValueError(f"{where}: chat_template has no 'default' among {sorted(map(str, named))}")
+            template = named["default"]
+        if template is not None and not isinstance(template, str):
+            raise ValueError(f"{where}: chat_template is {type(template).__name__}, not a string")
+        return template
+
+
+class Generation(Extension):
+    """{% generation %} ... {% endgeneration %}, which marks the assistant's words for some: no effect."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def environment() -> ImmutableSandboxedEnvironment:
+    """The jinja that Hugging Face's chat templates are written for."""
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, **options):       # jinja's own escapes HTML
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    extensions = [Generation, loopcontrols]
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    jinja.filters["tojson"] = tojson
+    jinja.globals["raise_exception"] = raise_exception
+    jinja.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    return jinja

@@ -1,0 +1,142 @@
+"""What the shipped base model was made from: its tokenizer, its config.json, and a text without any worked
+solution.
+
+    python -m minicot.toy.base_text --rows 60000 --out runs/base-text
+    python train.py --init runs/base-text/config.json --data runs/base-text/text.jsonl --out runs/base \\
+        --batch-size 64 --lr 3e-3 --save-every 0
+
+The text is the world's language and arithmetic, not its reasoning: problems as they are told, one comparison
+said twice, sums, differences, products and halves, and questions that are answered by reading one fact. No
+row computes a quantity that a problem asks for. Scenes come from the train split alone.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from minicot.toy.problems import ITEMS, NAMES, WORDINGS, make_scene, perception_questions, row_of, split_of
+
+SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+VOCAB_SIZE = 512
+FIRST_SEED = 10_000_000  # far from the seeds that problems.rows walks through
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB_SIZE, "hidden_size": 128,
+    "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "head_dim": 32, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True,
+    "initializer_range": 0.05, "bos_token_id": None, "eos_token_id": 3, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def arithmetic(rng):
+    """A line of true equations, in symbols and in words."""
+    found = []
+    for _ in range(rng.randint(3, 7)):
+        a, b = rng.randint(2, 60), rng.randint(2, 20)
+        small, factor = rng.randint(2, 20), rng.randint(2, 9)
+        found.append(rng.choice((
+            f"{a} + {b} = {a + b}", f"{a + b} - {b} = {a}", f"{a + b} - {a} = {b}",
+            f"{small} x {factor} = {small * factor}", f"{2 * small} / 2 = {small}", f"half of {2 * small} is {small}",
+            f"twice {small} is {2 * small}", f"{b} more than {a} is {a + b}", f"{b} less than {a + b} is {a}",
+            f"{factor} times {small} is {small * factor}", f"{a} and {b} together are {a + b}",
+        )))  # fmt: skip
+    return rng.choice((". ", ", ", "\n")).join(found)
+
+
+def paraphrase(rng):
+    """One comparison said twice."""
+    (p, q), item, n = rng.sample(NAMES, 2), rng.choice(ITEMS), rng.randint(2, 20)
+    more = [f"{p} has {n} more {item} than {q}.", f"{p} has {n} {item} more than {q}.",
+            f"{q} has {n} fewer {item} than {p}.", f"{q} has {n} {item} fewer than {p}."]  # fmt: skip
+    half = [f"{p} has twice as many {item} as {q}.", f"{p} has twice the {item} of {q}.",
+            f"{q} has half as many {item} as {p}.", f"{q} has half the {item} of {p}."]  # fmt: skip
+    return " ".join(rng.sample(rng.choice((more, half)), 2))
+
+
+def base_rows(n, seed=0):
+    """n rows {question: "", solution: text} for train.py: pretraining is SFT on rows with an empty prompt."""
+    rng, found, scene_seed = random.Random(f"base text {seed}"), [], FIRST_SEED
+    while len(found) < n:
+        kind = rng.choices(("problem", "read", "arithmetic", "paraphrase"), (3, 4, 4, 1))[0]
+        if kind in ("problem", "read"):
+            scene = make_scene(scene_seed)
+            scene_seed += 1
+            if split_of(scene) != "train":
+                continue
+        if kind == "read":
+            asked = rng.choice(perception_questions(scene.id))
+            text = f"<|user|>{asked['question']}\nAnswer briefly.<|assistant|>{asked['answer']}"
+        elif kind == "problem":
+            text = row_of(scene)["question"]
+        else:
+            text = arithmetic(rng) if kind == "arithmetic" else paraphrase(rng)
+        found.append({"question": "", "solution": text})
+    return found
+
+
+def train_tokenizer(texts):
+    """Byte-level BPE: the world's words are one token each, so is each digit; any text round-trips."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    pieces = Regex(r" ?\d| ?\p{L}+|\n| ?[^\s\p{L}\d]+|\s+")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pieces, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(SPECIAL),
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=60_000)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = base_rows(args.rows)
+    words = [
+        row_of(make_scene(seed), wording=wording)["solution"] for seed in range(300) for wording in WORDINGS
+    ]
+    texts = (
+        [row["solution"] for row in rows[:20_000]] + words + ["Think step by step.", "Answer briefly."] * 300
+    )
+    train_tokenizer(texts).save(str(args.out / "tokenizer.json"))
+    files = {
+        "tokenizer_config.json": {
+            "eos_token": "<|end|>",
+            "pad_token": "<|pad|>",
+            "chat_template": CHAT_TEMPLATE,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        },
+        "generation_config.json": {"eos_token_id": 3, "pad_token_id": 0},
+        "config.json": CONFIG,
+    }
+    for name, value in files.items():
+        (args.out / name).write_text(json.dumps(value, indent=1) + "\n")
+    with open(args.out / "text.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    print(f"{len(rows)} rows -> {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""A noisy teacher for the built-in world: rewrites, expands and unifies solutions, makes known mistakes,
+evolves problems.
+
+It stands in for the GPT-4 or Gemini teachers of the papers. It knows the scene, so what it does is known too:
+a `kind` says which mistake a solution holds. Every function takes a row of problems.py and a random.Random,
+and returns a new row; rows are never changed.
+"""
+
+import random
+import re
+
+from minicot.answers import STYLES, extract_answer, is_correct, split_steps
+from minicot.toy import problems
+from minicot.toy.problems import FACTS, WORDINGS, Quantity, Scene, compute, row_of, scene_of, write_step
+
+MISTAKES = ("arithmetic", "misread", "operation", "skip", "label")
+
+
+def rewrite(row: dict, rng: random.Random) -> dict:
+    """The same solution in one wording drawn for all its steps, in any order in which each step follows what
+    it rests on."""
+    scene = scene_of(row)
+    wording, left, order = rng.choice(list(WORDINGS)), list(scene.derivation), []
+    while left:
+        waiting = set(left)
+        ready = [q for q in left if not any(scene.quantities[place] in waiting for place in q.of)]
+        order.append(rng.choice(ready))
+        left.remove(order[-1])
+    return _with_solution(row, [write_step(scene, q, wording) for q in order], row["answer"])
+
+
+def expand(row: dict, rng: random.Random) -> dict:
+    """A row that has a bare answer gets a full worked solution (LLaVA-Reasoner's distillation, without its
+    mistakes: see teach)."""
+    scene = scene_of(row)
+    if not is_correct(row["answer"], str(scene.asked.value)):
+        raise ValueError(f"{scene.id}: answer is {row['answer']!r}, the scene's is {scene.asked.value}, "
+                         "and there is no chain to another")
+    return rewrite(row, rng)
+
+
+def unify(row: dict) -> dict:
+    """A solution in any wording, with `Step k:` heads and any answer style, in the standard form: "plain"
+    steps, then `#### answer`.
+
+    A right step becomes the plain sentence of what it derives; a wrong or unreadable one is kept as written,
+    since unification must not repair. ValueError where no style finds an answer.
+    """
+    scene = scene_of(row)
+    answer = next(filter(None, (extract_answer(row["solution"], style) for style in STYLES)), None)
+    if answer is None:
+        raise ValueError(f"{scene.id}: no answer in the solution {row['solution']!r:.60}; "
+                         f"allowed styles: {', '.join(STYLES)}")
+    steps, seen = [], []
+    for step in split_steps(row["solution"]):
+        derived = problems.derived_by(scene, [*seen, step])[1] - problems.derived_by(scene, seen)[1]
+        told = [q for q in scene.derivation if q in derived]
+        plain = re.sub(r"^step \d+\s*[:.]\s*", "", " ".join(step.split()), flags=re.IGNORECASE)
+        steps += [write_step(scene, q, "plain") for q in told] or [plain]
+        seen.append(step)
+    return _with_solution(row, steps, answer)
+
+
+def corrupt(row: dict, rng: random.Random, kind: str) -> dict:
+    """The row with one known mistake in its solution, plus the field `kind`; step oracle or answer check
+    catch every one.
+
+    "arithmetic"  one result is wrong, and carried on consistently to a wrong answer
+    "misread"     one number of the question is misread, and carried on consistently (URSA's MIE)
+    "operation"   one step uses a wrong operation, carried on consistently
+    "skip"        a step is left out (not the last but where it is the only one), all else is right
+    "label"       the chain is right, the final answer is not (label noise)
+    """
+    if kind not in MISTAKES:
+        raise ValueError(f"kind of mistake is {kind!r}; allowed: {', '.join(MISTAKES)}")
+    scene = scene_of(row)
+    wording = rng.choice(problems.DEFAULT_WORDINGS)
+    steps = [write_step(scene, q, wording) for q in scene.derivation]
+    answer = scene.asked.value
+    if kind == "skip":
+        del steps[rng.randrange(max(1, len(steps) - 1))]
+    elif kind == "label":
+        answer += rng.choice([change for change in (-2, -1, 1, 2, 10) if answer + change > 0])
+    else:
+        steps, answer = _carried_on(scene, rng, kind, wording)
+    return {**_with_solution(row, steps, str(answer)), "kind": kind}
+
+
+def _carried_on(scene: Scene, rng: random.Random, kind: str, wording: str) -> tuple[list[str], int]:
+    """Steps with one mistake and its consequences, and the wrong answer; tries until all stays whole and
+    positive."""
+    while True:
+        told = {q: q.numbers for q in scene.quantities}            # the question's numbers, as read
+        wrong, change = rng.choice(scene.derivation), rng.choice((-10, -2, -1, 1, 2, 10))
+        if kind == "misread":
+            reads = [q for q in (scene.quantities[place] for place in scene.needed) if q.numbers]
+            wrong = rng.choice(reads)
+            place, change = rng.randrange(len(wrong.numbers)), rng.choice((-1, 1)) * rng.randint(1, 16)
+            told[wrong] = tuple(n + change * (i == place) for i, n in enumerate(wrong.numbers))
+        symbol = rng.choice("+-x/") if kind == "operation" else None
+        values, steps = {}, []
+        for q in (*(scene.quantities[place] for place in scene.needed), scene.asked):
+            slip = change if kind == "arithmetic" and q is wrong else 0
+            values[q], step = _redo(scene, q, values, told, slip, symbol if q is wrong else None, wording)
+            if values[q] is None or values[q] < 1 or min(told.get(q) or (1,)) < 1:
+                break
+            steps += step
+        else:
+            if values[scene.asked] != scene.asked.value:
+                return steps, values[scene.asked]
+
+
+def _redo(scene: Scene, q: Quantity, values: dict, told: dict, change: int, symbol: str | None, wording: str):
+    """A quantity's value from the values and numbers as (mis)taken so far, and its step (none for what is
+    only read)."""
+    numbers = (2,) if q.kind == "half" else told.get(q, ())
+    taken = tuple(values[scene.quantities[place]] for place in q.of) + numbers
+    if FACTS[q.kind][0] is None:
+        return taken[0], []
+    kind = next((k for k in ("more", "fewer", "times", "half") if FACTS[k][0] == symbol), q.kind)
+    value = compute(kind, taken)
+    if value is None:
+        return None, []
+    return value + change, [write_step(scene, q, wording, (*taken, value + change), symbol)]
+
+
+def teach(row: dict, rng: random.Random, error_rate: float) -> dict:
+    """One answer of a noisy teacher: {solution, kind}; kind is "right" or, with probability error_rate, one
+    of MISTAKES."""
+    if not 0 <= error_rate <= 1:
+        raise ValueError(f"error_rate is {error_rate}; allowed: 0 to 1")
+    if rng.random() >= error_rate:
+        return {"solution": rewrite(row, rng)["solution"], "kind": "right"}
+    mistaken = corrupt(row, rng, rng.choice(MISTAKES))
+    return {"solution": mistaken["solution"], "kind": mistaken["kind"]}
+
+
+def harder(row: dict, rng: random.Random) -> dict:
+    """A new problem, one operation longer, in a default wording. It has a split of its own
+    (problems.split_of): filter by it."""
+    return row_of(problems.harder(scene_of(row), rng.randrange(2**16)))
+
+
+def easier(row: dict) -> dict:
+    """A new problem with fewer operations about the same facts; its split is its own. ValueError where there
+    is none."""
+    return row_of(problems.easier(scene_of(row)))
+
+
+def _with_solution(row: dict, steps: list[str], answer: str) -> dict:
+    """The row with another solution; `uses` told of the old steps and goes."""
+    kept = {key: value for key, value in row.items() if key != "uses"}
+    return {**kept, "steps": steps, "solution": "\n".join([*steps, f"#### {answer}"])}

@@ -1,0 +1,218 @@
+"""What the training loops share: learning rate, optimizer, checkpoints, the run folder. No loop lives here.
+
+A run folder holds settings.json (the flags), metrics.jsonl (one line a step), checkpoint-<step>/ (weights,
+optimizer state, both safetensors, and state.json) and, at the end, a Hugging Face model folder's files.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).parent.parent
+PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense, from the vendor's data sheets
+
+
+def pick_device(name):
+    """ "auto" | "cpu" | "cuda" -> torch.device; CUDA asked for and absent is an error."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but this machine has no CUDA device; allowed here: auto, cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def train_first(out="runs/sft"):
+    """The folder that train.py leaves; where it holds no model yet, run train.py first and say so."""
+    if not (Path(out) / "model.safetensors").is_file():
+        print(f"{out} holds no model yet: running `python train.py` first", flush=True)
+        subprocess.run([sys.executable, str(ROOT / "train.py"), "--out", out, "--overwrite"], check=True)
+    return out
+
+
+def resolve(init):
+    """--init: "toy" is the shipped base model; anything else is a path."""
+    return ROOT / "minicot" / "toy" / "base" if init == "toy" else Path(init)
+
+
+def lr_at(step, total, peak, warmup):
+    """Learning rate of step 1..total: linear warm-up over warmup * total steps, then a cosine to a tenth
+    of the peak."""
+    n_warm = max(1, math.ceil(warmup * total))
+    if step <= n_warm:
+        return peak * step / n_warm
+    progress = (step - n_warm) / max(1, total - n_warm)
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(model, lr, weight_decay):
+    """AdamW, betas (0.9, 0.95); matrices decay, norms and biases (parameters of one dimension) do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=lr,
+        betas=(0.9, 0.95),
+    )
+
+
+def clip_gradients(model, largest):
+    """Scale the gradients down to a total norm of `largest` (0 = never); returns the norm before."""
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf).item()
+
+
+def refuse_non_finite(value, what, step, problem_ids):
+    """Stop the run on a NaN or an infinity; the last checkpoint stays."""
+    if not math.isfinite(value):
+        raise ValueError(
+            f"step {step}: {what} is {value}; problems {', '.join(problem_ids[:8])}; "
+            "the last checkpoint is kept; a lower --lr is the usual remedy"
+        )
+
+
+def write_jsonl(path, rows):
+    """Atomic, as write_json."""
+    part = Path(f"{path}.part")
+    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(part, path)
+
+
+# ---- run folder and checkpoints ------------------------------------------------------------------
+
+PER_CALL = (
+    "resume",
+    "overwrite",
+    "stop_at",
+    "save_every",
+    "peek",
+)  # flags that may differ between a run and its resumption
+
+
+def open_run(config):
+    """Make --out ready: an existing run is refused unless --overwrite (replaces it) or --resume (same
+    settings) is given."""
+    out = Path(config.out)
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in PER_CALL}
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file, expected a folder")
+    if config.resume:
+        if not (out / "settings.json").is_file():
+            raise FileNotFoundError(f"--resume: {out} holds no run (no settings.json)")
+        before = json.loads((out / "settings.json").read_text())
+        changed = sorted(name for name in settings if settings[name] != before.get(name))
+        if changed:
+            raise ValueError(
+                f"--resume: {changed[0]} is {settings[changed[0]]!r}, the run in {out} has "
+                f"{before.get(changed[0])!r}; allowed: the same settings"
+            )
+    elif out.is_dir() and any(out.iterdir()):
+        if not (out / "settings.json").is_file():
+            raise ValueError(
+                f"--out {out} holds files that are no run of ours; allowed: an empty or new folder"
+            )
+        if not config.overwrite:
+            raise ValueError(
+                f"--out {out} already holds a run; allowed: --overwrite, --resume, or another --out"
+            )
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "settings.json", settings)
+    return out
+
+
+def write_json(path, value, indent=1):
+    """Atomic: the file is whole or as it was before."""
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(value, indent=indent) + "\n")
+    os.replace(part, path)
+
+
+def save_checkpoint(out, step, model, optimizer):
+    """out/checkpoint-<step>/, written beside and renamed when whole; then older checkpoints go."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    state = {
+        f"{names[parameter]}.{key}": value if value.ndim else value.reshape(1)
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+    part, final = out / f"checkpoint-{step}.part", out / f"checkpoint-{step}"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    save_file({name: p.detach().contiguous() for p, name in names.items()}, part / "weights.safetensors")
+    save_file({name: value.contiguous() for name, value in state.items()}, part / "optimizer.safetensors")
+    write_json(part / "state.json", {"step": step})
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(part, final)
+    for other in out.glob("checkpoint-*"):
+        if other != final:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def load_checkpoint(out, model, optimizer):
+    """Put the newest checkpoint of a run folder into model and optimizer; returns its step (0: there is
+    none)."""
+    found = {
+        int(path.name.split("-")[1]): path for path in out.glob("checkpoint-*") if path.suffix != ".part"
+    }
+    if not found:
+        return 0
+    step = max(found)
+    try:
+        weights = load_file(found[step] / "weights.safetensors")
+        state = load_file(found[step] / "optimizer.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{found[step]}: the checkpoint cannot be read ({error}); delete it to start again"
+        ) from None
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+            if parameter.requires_grad:
+                keys = {key: state[f"{name}.{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = {"step": state[f"{name}.step"].reshape(()), **keys}
+    return step
+
+
+class Log:
+    """metrics.jsonl: one JSON object a step. Resuming at a step drops the lines written after it."""
+
+    def __init__(self, path, resume_step=0):
+        self.path, self.start, self.tokens = Path(path), time.perf_counter(), 0
+        kept = []
+        if resume_step and self.path.is_file():
+            kept = [
+                line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= resume_step
+            ]
+        self.path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, step, n_tokens, **values):
+        """Append {step, tokens_per_s (mean so far, prompt tokens included), ...}; returns the object."""
+        self.tokens += n_tokens
+        line = {
+            "step": step,
+            **values,
+            "tokens_per_s": round(self.tokens / (time.perf_counter() - self.start), 1),
+        }
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        return line
+
+    def read(self):
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+
+def mfu(model, tokens_per_s, device):
+    """Model FLOPs utilisation: 6 * parameters * tokens/s over the GPU's dense bf16 peak (attention not
+    counted; Chowdhery et al. 2022, appendix B); None on a device whose peak is not in the table."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((flops for gpu, flops in PEAK_BF16_FLOPS.items() if gpu in name), None)
+    return peak and 6 * sum(p.numel() for p in model.parameters()) * tokens_per_s / peak

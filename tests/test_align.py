@@ -1,0 +1,197 @@
+"""align.py: every method runs and logs, a new loss needs no new loop, and bad groups are refused or counted."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import align
+from minicot import config as flags
+from minicot.data import Problem, Response, Samples, read_problems, samples_to_row
+from minicot.losses import better_than
+from minicot.model import Transformer
+from minicot.training import resolve
+from minicot.weights import read_config, save_model
+from tests.helpers import assert_one_line_error, script
+
+BASE = resolve("toy")
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    """A small random model with the toy tokenizer."""
+    folder = tmp_path_factory.mktemp("policy")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (folder / name).write_bytes((BASE / name).read_bytes())
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                 num_key_value_heads=2, head_dim=8)  # fmt: skip
+    save_model(
+        Transformer(
+            dataclasses.replace(read_config(BASE / "config.json"), **small),
+            torch.Generator().manual_seed(0),
+        ),
+        folder,
+    )
+    return folder
+
+
+def groups(marks):
+    """Toy problems with one response for each mark: right where it is 1."""
+    found = []
+    for problem, row in zip(read_problems("toy", "train", limit=len(marks)), marks):
+        responses = [
+            Response(f"{i}\n#### {problem.answer if mark else 1000 + i}", bool(mark)) for i, mark in enumerate(row)
+        ]
+        found.append(Samples(problem, responses))
+    return found
+
+
+def write(path, samples):
+    path.write_text("".join(json.dumps(samples_to_row(s)) + "\n" for s in samples))
+    return path
+
+
+@pytest.fixture
+def samples(tmp_path):
+    return write(tmp_path / "samples.jsonl", groups([[1, 0, 0, 1], [1, 0], [0, 1, 0], [1, 1, 0], [0, 0], [1, 1]]))
+
+
+def run_align(policy, samples, *argv, cwd):
+    common = ["--init", policy, "--samples", samples, "--device", "cpu", "--steps", 3, "--batch-size", 2]
+    return script("align.py", *common, "--out", "out", *argv, cwd=cwd)
+
+
+def lines(tmp_path, out="out"):
+    return [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+
+
+CELLS = [("rft", "none")] + [(m, c) for m in ("dpo", "rrhf", "pro", "aft") for c in ("none", "detached", "boundary")]
+
+
+@pytest.mark.parametrize("method, constraint", CELLS + [("ipo", "none")])
+def test_every_method_trains_and_logs(policy, samples, tmp_path, method, constraint):
+    margin = ["--margin", 0.1] if constraint == "boundary" else []
+    done = run_align(policy, samples, "--method", method, "--constraint", constraint, *margin, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    log = lines(tmp_path)
+    assert [line["step"] for line in log] == [1, 2, 3]
+    expected = {"loss", "score_right", "score_wrong", "margin", "ranking_accuracy", "grad_norm"}
+    assert all(expected <= line.keys() for line in log)
+    before, after = load_file(policy / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys() and any(not torch.equal(before[k], after[k]) for k in before)
+
+
+def test_dpo_starts_at_ln_2_because_policy_and_reference_agree(policy, samples, tmp_path):
+    run_align(policy, samples, "--method", "dpo", "--constraint", "none", cwd=tmp_path)
+    assert lines(tmp_path)[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_accumulation_gives_the_big_batch(policy, samples, tmp_path):
+    for method in ("aft", "pro", "rft"):
+        c = ["--constraint", "none" if method == "rft" else "detached"]
+        for out, accumulate in (("one", 1), ("two", 2)):
+            argv = ["--method", method, *c, "--accumulate", accumulate, "--overwrite", "--out", out]
+            assert run_align(policy, samples, *argv, cwd=tmp_path).returncode == 0
+        losses = [[line["loss"] for line in lines(tmp_path, out)] for out in ("one", "two")]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5), method
+
+
+def test_a_stopped_and_resumed_run_ends_with_the_same_bits(policy, samples, tmp_path):
+    assert run_align(policy, samples, cwd=tmp_path).returncode == 0
+    assert run_align(policy, samples, "--out", "halves", "--stop-at", 2, cwd=tmp_path).returncode == 0
+    assert run_align(policy, samples, "--out", "halves", "--resume", cwd=tmp_path).returncode == 0
+    one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("out", "halves"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_new_loss_is_one_function_and_one_table_row(policy, samples, tmp_path, monkeypatch):
+    """A made-up loss: the gap between the worst right and the best wrong score, squared, towards 1 nat."""
+
+    def gap_loss(scores, better):
+        worst = torch.where(better.any(2), scores, torch.inf).amin(1)
+        best = torch.where(better.any(1), scores, -torch.inf).amax(1)
+        return torch.where(better.any((1, 2)), (worst - best - 1) ** 2, 0.0).nan_to_num(0.0)
+
+    monkeypatch.setitem(align.METHODS, "gap", align.Method(lambda g, c: gap_loss(g.scores, g.better), "reference"))
+    config = flags.AlignConfig(method="gap", constraint="none", init=str(policy), samples=str(samples), steps=12,
+                               batch_size=6, lr=3e-3, device="cpu", out=str(tmp_path / "gap"))  # fmt: skip
+    align.main(config)
+    losses = [line["loss"] for line in lines(tmp_path, "gap")]
+    assert losses[-1] < losses[0]
+
+
+def test_sft_rows_are_the_reference_the_best_or_the_right_ones(policy, tmp_path):
+    from minicot.data import collate, make_groups
+    from minicot.tokenizer import Tokenizer
+
+    rows, _ = make_groups(Tokenizer(policy), groups([[0, 1, 1]]), mode="cot", max_length=256, reference=True)
+    batch = collate(rows, 0)
+    assert align.sft_rows(batch, "reference").tolist() == [True, False, False, False]
+    assert align.sft_rows(batch, "right").tolist() == [True, False, True, True]
+    assert align.sft_rows(batch, "best").tolist() == [True, False, False, False]
+    assert not align.sft_rows(batch, None).any()
+    assert align.ranked(batch, True).all() and align.ranked(batch, False).tolist() == [[False, True, True, True]]
+    assert better_than(batch.rewards, align.ranked(batch, False)).sum() == 2
+
+
+def test_the_reference_cache_is_reused_and_refused_for_other_weights(policy, samples, tmp_path):
+    argv = ["--method", "dpo", "--ref-logps", tmp_path / "ref.safetensors"]
+    assert run_align(policy, samples, *argv, cwd=tmp_path).returncode == 0
+    first, kept = lines(tmp_path), (tmp_path / "ref.safetensors").read_bytes()
+    assert run_align(policy, samples, *argv, "--overwrite", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "ref.safetensors").read_bytes() == kept
+    assert [line["loss"] for line in lines(tmp_path)] == [line["loss"] for line in first]
+    done = run_align(policy, samples, *argv, "--overwrite", "--ref", BASE, cwd=tmp_path)
+    assert_one_line_error(done, "other weights, data or tokenizer")
+    assert (tmp_path / "ref.safetensors").read_bytes() == kept
+
+
+def test_trl_pairs_are_aligned_without_a_grade(policy, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "How many?", "chosen": "It is 3.", "rejected": "It is 4."}\n' * 1)
+    done = run_align(policy, path, "--method", "dpo", "--constraint", "none", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert lines(tmp_path)[-1]["margin"] is not None
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        (["--constraint", "boundary"], ["--margin", "None"]),
+        (["--constraint", "boundary", "--margin", "-1"], ["--margin", "-1"]),
+        (["--margin", "0.1"], ["--margin"]),
+        (["--method", "rft", "--constraint", "detached"], ["--constraint"]),
+        (["--method", "ppo"], ["--method", "ppo"]),
+        (["--beta", "0"], ["--beta"]),
+        (["--samples", "nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["--init", "nowhere"], ["nowhere"]),
+        (["--method", "dpo", "--label-smoothing", "0.1"], ["label_smoothing"]),
+    ],
+)
+def test_bad_input_ends_in_one_line(policy, samples, tmp_path, argv, parts):
+    assert_one_line_error(run_align(policy, samples, *argv, cwd=tmp_path), *parts)
+
+
+def test_groups_that_cannot_be_used_are_counted_or_refused(policy, tmp_path):
+    path = write(tmp_path / "s.jsonl", groups([[1, 1], [0, 0], [1], [0, 1]]))
+    done = run_align(policy, path, cwd=tmp_path)
+    assert done.returncode == 0 and "'without a pair': 2" in done.stdout  # the reference makes a pair of [0, 0]
+    path = write(tmp_path / "none.jsonl", groups([[1, 1], [1]]))
+    assert_one_line_error(
+        run_align(policy, path, "--method", "dpo", "--overwrite", cwd=tmp_path), "no right x wrong pair"
+    )
+
+
+def test_samples_of_another_tokenizer_are_refused(policy, tmp_path):
+    problem = Problem("1", "How many?", "3", solution="#### 3")
+    path = write(tmp_path / "s.jsonl", [Samples(problem, [Response("#### 4", False, ids=[400, 401, 402])])])
+    assert_one_line_error(run_align(policy, path, cwd=tmp_path), "another tokenizer")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(policy, samples, tmp_path):
+    argv = ["--lr", "1e30", "--clip", 0, "--warmup", 0, "--save-every", 1]
+    done = run_align(policy, samples, *argv, cwd=tmp_path)
+    assert_one_line_error(done, "step ", "problems toy-")
+    assert list((tmp_path / "out").glob("checkpoint-*")) and not (tmp_path / "out" / "model.safetensors").exists()

@@ -1,0 +1,119 @@
+"""The shape of the house, held by tests: who may import whom, how large a file may grow, what the README
+says."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "minicot"
+SCRIPTS = ("train.py", "sample.py", "align.py")
+
+# module -> modules of the package that it may import (the right column of the table in the README)
+MAY_IMPORT = {
+    "config": set(),
+    "losses": set(),
+    "model": set(),
+    "tokenizer": set(),
+    "answers": set(),
+    "plots": set(),
+    "weights": {"model"},
+    "toy": {"answers"},
+    "data": {"tokenizer", "answers", "toy"},
+    "scoring": {"model", "losses", "data"},
+    "sampling": {"model", "tokenizer", "answers", "data", "toy"},
+    "metrics": {"answers"},
+    "training": {"weights"},
+}
+BUDGETS = {"losses.py": 220, "model.py": 260}
+
+
+def statements(path):
+    """Statements of a file: docstrings, comments and blank lines don't count."""
+    tree = ast.parse(path.read_text())
+    docstrings = sum(
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+        for node in ast.walk(tree)
+    )
+    return sum(isinstance(node, ast.stmt) for node in ast.walk(tree)) - docstrings
+
+
+def imported(path):
+    """Names of minicot modules that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "minicot":
+            found |= (
+                {node.module.split(".")[1]} if "." in node.module else {alias.name for alias in node.names}
+            )
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("minicot.")}
+    return found
+
+
+def sources(folder):
+    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def test_imports_go_only_where_the_table_allows():
+    for path in sources(PACKAGE):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts[0] in ("recipes", "__init__"):
+            continue
+        extra = imported(path) - MAY_IMPORT[parts[0]] - ({parts[0]} if len(parts) > 1 else set())
+        assert not extra, f"{path.relative_to(ROOT)} imports {sorted(extra)}"
+
+
+def test_package_never_imports_a_script_or_a_peer():
+    for path in sources(PACKAGE):
+        text = path.read_text()
+        assert not re.search(r"^\s*(import|from) (transformers|trl|train|sample|align)\b", text, re.M), path
+
+
+def test_files_stay_within_their_budgets():
+    for name, budget in BUDGETS.items():
+        assert statements(PACKAGE / name) <= budget, (name, statements(PACKAGE / name))
+    toy, recipes = PACKAGE / "toy", PACKAGE / "recipes"
+    core = [path for path in sources(PACKAGE) if toy not in path.parents and recipes not in path.parents]
+    total = sum(map(statements, core)) + sum(
+        statements(ROOT / name) for name in SCRIPTS if (ROOT / name).exists()
+    )
+    assert total <= 3600, total
+    assert sum(map(statements, sources(toy))) <= 700
+    assert sum(map(statements, sources(recipes))) <= 900
+
+
+def test_lines_fit_in_a_window():
+    files = [
+        *sources(PACKAGE),
+        *sources(ROOT / "tests"),
+        *(ROOT / name for name in SCRIPTS if (ROOT / name).exists()),
+    ]
+    for path in files:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert len(line) <= 110, f"{path.relative_to(ROOT)}:{number} has {len(line)} columns"
+
+
+def test_no_file_unpickles():
+    for path in [*sources(PACKAGE), *(ROOT / name for name in SCRIPTS if (ROOT / name).exists())]:
+        assert not re.search(r"\bpickle\b|torch\.load\(|torch\.save\(", path.read_text()), path
+
+
+def test_every_file_the_readme_names_exists():
+    text = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"`((?:minicot|tests)/[\w/.-]+|[\w]+\.py)`", text))
+    assert named
+    for name in named:
+        assert (ROOT / name).exists() or (PACKAGE / name).exists(), f"README names {name}"
+
+
+def test_python_can_import_every_module():
+    import importlib
+
+    for path in sources(PACKAGE):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        importlib.import_module(name)
+    assert "minicot" in sys.modules

@@ -1,0 +1,115 @@
+"""Generation: the same as a naive loop, as transformers' greedy, and independent of what else is in the
+batch."""
+
+import pytest
+import torch
+import transformers
+
+from minicot.model import ModelConfig, Transformer
+from minicot.sampling import choose, filter_logits, generate
+from minicot.weights import save_model
+
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    initializer_range=0.3,
+)
+PROMPTS = [[5, 9, 2], [7], [11, 3, 8, 1, 20, 4], [30, 31]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Transformer(CONFIG, torch.Generator().manual_seed(0)).double()
+
+
+def naive_greedy(model, prompt, steps, stop_ids):
+    ids = list(prompt)
+    for _ in range(steps):
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        if ids[-1] in stop_ids:
+            break
+    return ids[len(prompt) :]
+
+
+def test_greedy_equals_a_naive_loop_without_cache_or_batch(model):
+    free = [naive_greedy(model, prompt, 12, []) for prompt in PROMPTS]
+    stop_ids = [free[0][4], free[2][7]]  # so that rows leave the batch one after another
+    expected = [[naive_greedy(model, prompt, 12, stop_ids)] for prompt in PROMPTS]
+    assert generate(model, PROMPTS, max_new_tokens=12, temperature=0, stop_ids=stop_ids, seed=0) == expected
+    assert len({len(ids[0]) for ids in expected}) > 1
+
+
+def test_a_sample_is_the_same_whatever_else_is_in_the_batch(model):
+    options = dict(max_new_tokens=24, stop_ids=[3], temperature=0.9, top_p=0.9)
+    together = generate(model, PROMPTS, n=3, seed=[10, 11, 12, 13], **options)
+    for i, prompt in enumerate(PROMPTS):
+        assert generate(model, [prompt], n=3, seed=[10 + i], **options) == [together[i]]
+        assert generate(model, [prompt], n=1, seed=10 + i, **options)[0] == together[i][:1]
+    assert len({tuple(ids) for group in together for ids in group}) > len(PROMPTS)
+    assert generate(model, PROMPTS, n=3, seed=10, **options) == together  # an int s stands for s, s + 1, ...
+
+
+def test_samples_follow_the_model_distribution(model):
+    prompt, V = [5, 9, 2], CONFIG.vocab_size
+    drawn = generate(model, [prompt], n=20_000, max_new_tokens=1, stop_ids=[], seed=3)[0]
+    counts = torch.bincount(torch.tensor([ids[0] for ids in drawn]), minlength=V).double()
+    expected = model(torch.tensor([prompt]))[0, -1].softmax(-1) * len(drawn)
+    chi2 = ((counts - expected) ** 2 / expected).sum().item()
+    assert chi2 < V - 1 + 5 * (2 * (V - 1)) ** 0.5  # five standard deviations
+
+
+def test_top_k_and_top_p_keep_exactly_the_likeliest():
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+    kept = lambda filtered: filtered.isfinite()[0].tolist()
+    assert kept(filter_logits(logits, 2, 1.0)) == [False, True, False, True]
+    assert kept(filter_logits(logits, 0, 0.65)) == [False, True, False, True]
+    assert kept(filter_logits(logits, 0, 0.75)) == [False, True, True, True]
+    assert kept(filter_logits(logits, 0, 1e-6)) == [False, True, False, False]
+    assert kept(filter_logits(logits, 9, 1.0)) == [True] * 4
+
+
+def test_choose_never_draws_a_token_of_probability_zero():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, -1)
+    for u, token in ((0.0, 1), (0.4999, 1), (0.5, 3), (1 - 1e-16, 3)):
+        assert (
+            choose(logits.double(), torch.full((3,), u, dtype=torch.float64), 1.0, 0, 1.0).tolist()
+            == [token] * 3
+        )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"prompts": [[1], []]}, "each needs a token"),
+        ({"prompts": []}, "each needs a token"),
+        ({"n": 0}, "n >= 1"),
+        ({"temperature": -1}, "temperature >= 0"),
+        ({"top_p": 0}, "0 < top_p"),
+        ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
+        ({"max_new_tokens": 64}, "exceed the context of 64"),
+    ],
+)
+def test_impossible_requests_are_refused(model, change, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, **{"prompts": [[1, 2]], "max_new_tokens": 4, "stop_ids": [], "seed": 0, **change})
+
+
+def test_greedy_equals_transformers_generate(tmp_path):
+    ours = Transformer(CONFIG, torch.Generator().manual_seed(1))
+    save_model(ours, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for prompt in PROMPTS:
+        out = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        drawn = generate(ours, [prompt], max_new_tokens=32, temperature=0, stop_ids=[], seed=0)
+        assert drawn[0][0] == out[0, len(prompt) :].tolist()

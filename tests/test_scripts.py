@@ -1,0 +1,90 @@
+"""sample.py as a person uses it: a typed question, resumable samples, evaluation; on the shipped base model."""
+
+import json
+
+import pytest
+
+from minicot.data import read_samples
+from minicot.training import resolve
+from tests.helpers import assert_one_line_error, script
+
+BASE = resolve("toy")
+
+
+def sample(*argv, cwd):
+    return script("sample.py", "--model", BASE, "--device", "cpu", *argv, cwd=cwd)
+
+
+def test_a_typed_question_is_answered_without_a_grade(tmp_path):
+    done = sample("Tom has 3 apples. How many apples does Tom have?", "--max-new-tokens", 8, cwd=tmp_path)
+    assert done.returncode == 0 and "Tom has 3 apples." in done.stdout and "gold" not in done.stdout
+    assert "\033[36m" in done.stdout  # neither right nor wrong
+
+
+def test_interrupted_sampling_goes_on_and_ends_with_the_same_file(tmp_path):
+    argv = ["--split", "train", "--limit", 12, "--n", 3, "--max-new-tokens", 12, "--batch-size", 12]
+    whole = sample(*argv, "--out", "whole.jsonl", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    text = (tmp_path / "whole.jsonl").read_text()
+    lines = text.splitlines(keepends=True)
+    part = tmp_path / "part.jsonl"
+    part.write_text("".join(lines[:5]) + lines[5][:40])  # the last line was cut off while being written
+    (tmp_path / "part.jsonl.settings.json").write_text((tmp_path / "whole.jsonl.settings.json").read_text())
+    resumed = sample(*argv, "--out", "part.jsonl", cwd=tmp_path)
+    assert "7 problems to sample, 5 are in" in resumed.stdout
+    assert part.read_text() == text
+    samples = read_samples(part)
+    assert [len(s.responses) for s in samples] == [3] * 12 and samples[0].responses[0].correct is not None
+
+
+def test_samples_of_other_settings_are_not_mixed(tmp_path):
+    argv = ["--limit", 2, "--max-new-tokens", 4, "--out", "s.jsonl"]
+    assert sample(*argv, cwd=tmp_path).returncode == 0
+    before = (tmp_path / "s.jsonl").read_text()
+    assert_one_line_error(sample(*argv, "--temperature", 0.5, cwd=tmp_path), "other settings", "--overwrite")
+    assert (tmp_path / "s.jsonl").read_text() == before
+
+
+def test_step_rewards_are_graded_by_the_oracle(tmp_path):
+    argv = ["--limit", 4, "--n", 2, "--max-new-tokens", 8, "--reward", "steps", "--out", "s.jsonl"]
+    assert sample(*argv, cwd=tmp_path).returncode == 0
+    rewards = [r.reward for s in read_samples(tmp_path / "s.jsonl") for r in s.responses]
+    assert len(rewards) == 8 and all(0 <= reward <= 1 for reward in rewards)
+
+
+def test_evaluation_writes_what_it_prints(tmp_path):
+    argv = ["--evaluate", "--limit", 8, "--n", 4, "--max-new-tokens", 16, "--out", "r.json"]
+    done = sample(*argv, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "r.json").read_text())
+    metrics = results["metrics"]
+    assert metrics["accuracy"] == sum(results["correct"]) / 8 and len(results["problem_ids"]) == 8
+    assert metrics["low"] <= metrics["accuracy"] <= metrics["high"] and set(metrics["pass"]) == {"1", "2", "4"}
+    assert {"majority", "missing_answers", "mean_length", "repeated_4grams", "unfinished"} <= metrics.keys()
+    assert f"greedy accuracy {metrics['accuracy']:.1%}" in done.stdout and "majority@4" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        (["--model", "nowhere"], ["nowhere"]),
+        (["--n", "0"], ["--n"]),
+        (["--top-p", "2"], ["--top-p"]),
+        (["--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["--split", "trial"], ["trial", "validation"]),
+        (["--max-new-tokens", "100000"], ["exceed the context"]),
+        (["--style", "haiku"], ["haiku", "boxed"]),
+        (["--data", "questions.jsonl", "--evaluate"], ["problems with an answer"]),
+    ],
+)
+def test_bad_input_ends_in_one_line(tmp_path, argv, parts):
+    (tmp_path / "questions.jsonl").write_text('{"question": "Why?"}\n')
+    assert_one_line_error(sample("--limit", 2, *argv, cwd=tmp_path), *parts)
+
+
+def test_a_model_folder_with_broken_weights_is_refused_in_one_line(tmp_path):
+    for file in BASE.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert_one_line_error(script("sample.py", "--model", tmp_path, "hi", cwd=tmp_path), "model.safetensors")
