@@ -26,7 +26,6 @@ from minicot.config import AlignConfig, check, run
 from minicot.data import (
     collate,
     encode_row,
-    fit,
     make_groups,
     pairs,
     peek,
@@ -319,6 +318,13 @@ def main(config):
     if config.peek:
         peek(tokenizer, groups[: config.peek])
 
+    largest = max(max(row.ids) for group in groups for row in group)
+    check(
+        largest < model.config.vocab_size,
+        "--samples",
+        config.samples,
+        f"token ids below {model.config.vocab_size}",
+    )
     n_groups = config.steps * config.batch_size or int(config.epochs * len(groups))
     check(n_groups > 0, "--epochs", config.epochs, f"enough for one of the {len(groups)} groups")
     batches = schedule(

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from minicot.config import SampleConfig, check, run
-from minicot.data import Problem, read_jsonl, read_problems, read_samples, samples_to_row, style_of
+from minicot.data import Problem, read_problems, read_samples, samples_to_row, style_of
 from minicot.metrics import accuracy, degeneration, majority_accuracy, pass_at_k
 from minicot.sampling import sample_groups, step_reward
 from minicot.tokenizer import Tokenizer

@@ -378,7 +378,7 @@ def encode_row(tokenizer, problem, text, *, mode, finish="stop", ids=None, **row
     prompt = prompt_text(tokenizer, problem, mode)
     if ids is not None:
         prompt_ids = tokenizer.encode(prompt)
-        if any(not 0 <= i < tokenizer.vocab_size for i in ids) or tokenizer.decode(ids) != text:
+        if any(i < 0 for i in ids) or tokenizer.decode(ids) != text:
             raise ValueError(
                 f"problem {problem.id!r}: the response's ids do not read as its text; "
                 "the samples were made with another tokenizer"
@@ -556,8 +556,8 @@ def pairs(samples, *, max_pairs=3, window=(0.25, 0.85), seed):
             found.append(replace(group, responses=list(couples[i])))
     if not found:
         raise ValueError(
-            f"no right x wrong pair in {len(samples)} groups with a share of right responses in {list(window)}; "
-            "allowed: a wider --pair-low, --pair-high, or more samples"
+            f"no right x wrong pair in {len(samples)} groups whose share of right responses lies in "
+            f"{list(window)}; allowed: a wider --pair-low, --pair-high, or more samples"
         )
     return found
 

@@ -10,7 +10,11 @@ import sample
 import train
 from minicot.config import AlignConfig, SampleConfig, TrainConfig, run
 
-SCRIPTS = {"train.py": (train, TrainConfig), "sample.py": (sample, SampleConfig), "align.py": (align, AlignConfig)}
+SCRIPTS = {
+    "train.py": (train, TrainConfig),
+    "sample.py": (sample, SampleConfig),
+    "align.py": (align, AlignConfig),
+}
 
 
 def script(name, *argv, cwd):

@@ -1,4 +1,4 @@
-"""align.py: every method runs and logs, a new loss needs no new loop, and bad groups are refused or counted."""
+"""align.py: every method runs and logs, a new loss needs no new loop, bad groups are refused or counted."""
 
 import dataclasses
 import json
@@ -42,7 +42,8 @@ def groups(marks):
     found = []
     for problem, row in zip(read_problems("toy", "train", limit=len(marks)), marks):
         responses = [
-            Response(f"{i}\n#### {problem.answer if mark else 1000 + i}", bool(mark)) for i, mark in enumerate(row)
+            Response(f"{i}\n#### {problem.answer if mark else 1000 + i}", bool(mark))
+            for i, mark in enumerate(row)
         ]
         found.append(Samples(problem, responses))
     return found
@@ -55,7 +56,9 @@ def write(path, samples):
 
 @pytest.fixture
 def samples(tmp_path):
-    return write(tmp_path / "samples.jsonl", groups([[1, 0, 0, 1], [1, 0], [0, 1, 0], [1, 1, 0], [0, 0], [1, 1]]))
+    return write(
+        tmp_path / "samples.jsonl", groups([[1, 0, 0, 1], [1, 0], [0, 1, 0], [1, 1, 0], [0, 0], [1, 1]])
+    )
 
 
 def run_align(policy, samples, *argv, cwd):
@@ -67,7 +70,9 @@ def lines(tmp_path, out="out"):
     return [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
 
 
-CELLS = [("rft", "none")] + [(m, c) for m in ("dpo", "rrhf", "pro", "aft") for c in ("none", "detached", "boundary")]
+CELLS = [("rft", "none")] + [
+    (m, c) for m in ("dpo", "rrhf", "pro", "aft") for c in ("none", "detached", "boundary")
+]
 
 
 @pytest.mark.parametrize("method, constraint", CELLS + [("ipo", "none")])
@@ -114,9 +119,12 @@ def test_a_new_loss_is_one_function_and_one_table_row(policy, samples, tmp_path,
         best = torch.where(better.any(1), scores, -torch.inf).amax(1)
         return torch.where(better.any((1, 2)), (worst - best - 1) ** 2, 0.0).nan_to_num(0.0)
 
-    monkeypatch.setitem(align.METHODS, "gap", align.Method(lambda g, c: gap_loss(g.scores, g.better), "reference"))
-    config = flags.AlignConfig(method="gap", constraint="none", init=str(policy), samples=str(samples), steps=12,
-                               batch_size=6, lr=3e-3, device="cpu", out=str(tmp_path / "gap"))  # fmt: skip
+    monkeypatch.setitem(
+        align.METHODS, "gap", align.Method(lambda g, c: gap_loss(g.scores, g.better), "reference")
+    )
+    config = flags.AlignConfig(method="gap", constraint="none", init=str(policy), samples=str(samples),
+                               steps=12, batch_size=6, lr=3e-3, device="cpu",
+                               out=str(tmp_path / "gap"))  # fmt: skip
     align.main(config)
     losses = [line["loss"] for line in lines(tmp_path, "gap")]
     assert losses[-1] < losses[0]
@@ -132,7 +140,9 @@ def test_sft_rows_are_the_reference_the_best_or_the_right_ones(policy, tmp_path)
     assert align.sft_rows(batch, "right").tolist() == [True, False, True, True]
     assert align.sft_rows(batch, "best").tolist() == [True, False, False, False]
     assert not align.sft_rows(batch, None).any()
-    assert align.ranked(batch, True).all() and align.ranked(batch, False).tolist() == [[False, True, True, True]]
+    assert align.ranked(batch, True).all() and align.ranked(batch, False).tolist() == [
+        [False, True, True, True]
+    ]
     assert better_than(batch.rewards, align.ranked(batch, False)).sum() == 2
 
 
@@ -177,7 +187,9 @@ def test_bad_input_ends_in_one_line(policy, samples, tmp_path, argv, parts):
 def test_groups_that_cannot_be_used_are_counted_or_refused(policy, tmp_path):
     path = write(tmp_path / "s.jsonl", groups([[1, 1], [0, 0], [1], [0, 1]]))
     done = run_align(policy, path, cwd=tmp_path)
-    assert done.returncode == 0 and "'without a pair': 2" in done.stdout  # the reference makes a pair of [0, 0]
+    assert (
+        done.returncode == 0 and "'without a pair': 2" in done.stdout
+    )  # the reference makes a pair of [0, 0]
     path = write(tmp_path / "none.jsonl", groups([[1, 1], [1]]))
     assert_one_line_error(
         run_align(policy, path, "--method", "dpo", "--overwrite", cwd=tmp_path), "no right x wrong pair"
@@ -194,4 +206,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(p
     argv = ["--lr", "1e30", "--clip", 0, "--warmup", 0, "--save-every", 1]
     done = run_align(policy, samples, *argv, cwd=tmp_path)
     assert_one_line_error(done, "step ", "problems toy-")
-    assert list((tmp_path / "out").glob("checkpoint-*")) and not (tmp_path / "out" / "model.safetensors").exists()
+    assert (
+        list((tmp_path / "out").glob("checkpoint-*"))
+        and not (tmp_path / "out" / "model.safetensors").exists()
+    )

@@ -166,7 +166,7 @@ def test_sampled_ids_are_kept_as_they_are_and_foreign_ones_refused(tokenizer):
     problem, ids = Problem("1", "q?"), [tokenizer.encode("3")[0], tokenizer.eos_id]
     row = data.encode_row(tokenizer, problem, "3", mode="cot", ids=ids)
     assert row.ids[row.n_prompt :] == ids
-    for bad in ([tokenizer.vocab_size], tokenizer.encode("4")):
+    for bad in ([-1], tokenizer.encode("4")):
         with pytest.raises(ValueError, match="another tokenizer"):
             data.encode_row(tokenizer, problem, "3", mode="cot", ids=bad)
 

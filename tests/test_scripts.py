@@ -1,4 +1,4 @@
-"""sample.py as a person uses it: a typed question, resumable samples, evaluation; on the shipped base model."""
+"""sample.py as a person uses it: a typed question, resumable samples, evaluation; on the shipped base."""
 
 import json
 
@@ -59,7 +59,11 @@ def test_evaluation_writes_what_it_prints(tmp_path):
     results = json.loads((tmp_path / "r.json").read_text())
     metrics = results["metrics"]
     assert metrics["accuracy"] == sum(results["correct"]) / 8 and len(results["problem_ids"]) == 8
-    assert metrics["low"] <= metrics["accuracy"] <= metrics["high"] and set(metrics["pass"]) == {"1", "2", "4"}
+    assert metrics["low"] <= metrics["accuracy"] <= metrics["high"] and set(metrics["pass"]) == {
+        "1",
+        "2",
+        "4",
+    }
     assert {"majority", "missing_answers", "mean_length", "repeated_4grams", "unfinished"} <= metrics.keys()
     assert f"greedy accuracy {metrics['accuracy']:.1%}" in done.stdout and "majority@4" in done.stdout
 

@@ -13,7 +13,8 @@ import pytest
 from minicot.answers import extract_answer, is_correct
 from minicot.toy import problems, teacher
 from minicot.toy.problems import (WORDINGS, Quantity, Scene, derived_by, grade, label_steps, make_problem,
-                                  make_scene, perception_questions, row_of, rows, scene_hash, scene_of, split_of)
+                                  make_scene, perception_questions, row_of, rows, scene_hash, scene_of,
+                                   split_of)
 
 FACTS = (Quantity("given", "Jon", "eggs", 4, (), (4,)), Quantity("times", "Kim", "eggs", 12, (0,), (3,)),
          Quantity("fewer", "Ben", "eggs", 8, (1,), (4,)))

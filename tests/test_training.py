@@ -196,6 +196,9 @@ def test_flags_are_the_fields_of_the_config():
 
 def test_a_script_started_as_a_process_ends_in_one_line_and_code_2(tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--data", "gone.jsonl"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, ROOT / "train.py", "--data", "gone.jsonl"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert_one_line_error(done, "gone.jsonl", "no such file")

@@ -29,7 +29,8 @@ CHAT_TEMPLATE = (
 VOCAB_SIZE = 512
 FIRST_SEED = 10_000_000  # far from the seeds that problems.rows walks through
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB_SIZE, "hidden_size": 128,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama", "vocab_size": VOCAB_SIZE, "hidden_size": 128,
     "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
     "head_dim": 32, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True,
@@ -45,7 +46,8 @@ def arithmetic(rng):
         small, factor = rng.randint(2, 20), rng.randint(2, 9)
         found.append(rng.choice((
             f"{a} + {b} = {a + b}", f"{a + b} - {b} = {a}", f"{a + b} - {a} = {b}",
-            f"{small} x {factor} = {small * factor}", f"{2 * small} / 2 = {small}", f"half of {2 * small} is {small}",
+            f"{small} x {factor} = {small * factor}", f"{2 * small} / 2 = {small}",
+            f"half of {2 * small} is {small}",
             f"twice {small} is {2 * small}", f"{b} more than {a} is {a + b}", f"{b} less than {a + b} is {a}",
             f"{factor} times {small} is {small * factor}", f"{a} and {b} together are {a + b}",
         )))  # fmt: skip
