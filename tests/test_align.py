@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 import align
 from minicot import config as flags
 from minicot.data import Problem, Response, Samples, read_problems, samples_to_row
-from minicot.losses import better_than
 from minicot.model import Transformer
 from minicot.training import resolve
 from minicot.weights import read_config, save_model
@@ -140,10 +139,9 @@ def test_sft_rows_are_the_reference_the_best_or_the_right_ones(policy, tmp_path)
     assert align.sft_rows(batch, "right").tolist() == [True, False, True, True]
     assert align.sft_rows(batch, "best").tolist() == [True, False, False, False]
     assert not align.sft_rows(batch, None).any()
-    assert align.ranked(batch, True).all() and align.ranked(batch, False).tolist() == [
-        [False, True, True, True]
-    ]
-    assert better_than(batch.rewards, align.ranked(batch, False)).sum() == 2
+    ranked = [align.tabulate(torch.zeros(batch.ids.shape), batch, None, keep) for keep in (True, False)]
+    assert ranked[0].present.all() and ranked[0].better.sum() == 3
+    assert ranked[1].present.tolist() == [[False, True, True, True]] and ranked[1].better.sum() == 2
 
 
 def test_the_reference_cache_is_reused_and_refused_for_other_weights(policy, samples, tmp_path):

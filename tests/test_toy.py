@@ -1,21 +1,26 @@
 """The built-in world: its truth, its oracle, its teacher's mistakes, and the shipped base."""
 
 import collections
+import hashlib
 import json
 import random
 import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from minicot.answers import extract_answer, is_correct
+from minicot.tokenizer import Tokenizer
 from minicot.toy import problems, teacher
+from minicot.toy.base_text import base_rows
 from minicot.toy.problems import (WORDINGS, Quantity, Scene, derived_by, grade, label_steps, make_problem,
                                   make_scene, perception_questions, row_of, rows, scene_hash, scene_of,
-                                   split_of)
+                                  split_of)
 
+BASE = Path(problems.__file__).parent / "base"
 FACTS = (Quantity("given", "Jon", "eggs", 4, (), (4,)), Quantity("times", "Kim", "eggs", 12, (0,), (3,)),
          Quantity("fewer", "Ben", "eggs", 8, (1,), (4,)))
 CHAIN = Scene("toy-0-2-0", FACTS, Quantity("value", None, "eggs", 8, (2,)), (0, 1, 2), (0, 0, 0, 0))
@@ -286,3 +291,32 @@ def test_derived_by_tells_needed_from_unneeded_derivations():
     labels, derived = derived_by(CHAIN, ["Kim has 4 x 3 = 12.",
                                          "Kim has 12 - 4 = 8 more than Jon."])
     assert labels == [True, True] and {q.kind for q in derived} == {"times", "difference"}
+
+
+# ---- the shipped base --------------------------------------------------------------------------------------
+
+
+def test_the_world_is_the_one_that_the_shipped_base_and_the_published_figures_know():
+    """Guards against a change of the generator that leaves base weights, sample files and tables behind."""
+    text = json.dumps(rows("train", 50) + rows("test", 50))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "c9587b0c93bd38f9"
+
+
+def test_the_base_tokenizer_has_a_token_for_each_word_and_digit_and_any_text_round_trips(scenes):
+    tokenizer = Tokenizer(BASE)
+    for scene in scenes[:100]:
+        for wording in WORDINGS:
+            row = row_of(scene, wording=wording)
+            text = row["question"] + "\n" + row["solution"]
+            assert all(len(tokenizer.encode(word)) == 1 for word in re.findall(r" ?[A-Za-z#]+| ?\d", text))
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+    typed = "Łódź 日本 \t\n  \\boxed{5} 1,234.5 <b> 🙂"
+    assert tokenizer.decode(tokenizer.encode(typed)) == typed
+
+
+def test_the_base_text_holds_no_worked_solution_and_no_held_out_scene():
+    held_out = {row["question"] for split in ("validation", "test") for row in rows(split, 300)}
+    for row in base_rows(3000):
+        text = row["solution"]
+        assert row["question"] == "" and "####" not in text and text not in held_out
+        assert not re.search(rf"(?:{'|'.join(problems.NAMES)})(?: has|:) \d+ [-+x/] \d+", text), text

@@ -9,10 +9,13 @@ import json
 import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from minicot.metrics import mean_interval, paired_difference, verdict
 from minicot.training import write_json
+
+LOCKS = {}
 
 
 def command(script, *switches, **flags):
@@ -28,6 +31,11 @@ def command(script, *switches, **flags):
 def run_cell(folder, commands, inputs=(), *, fresh=False):
     """Run the commands, their output going to <folder>/log.txt, unless cell.json says that these commands, on
     input files of this content, are done. A command that fails ends the recipe with its own last line."""
+    with LOCKS.setdefault(str(folder), threading.Lock()):  # two jobs must not make one cell
+        _run_cell(folder, commands, inputs, fresh)
+
+
+def _run_cell(folder, commands, inputs, fresh):
     digest = {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] for path in inputs}
     done = {"commands": [shlex.join(["python", *words]) for words in commands], "inputs": digest}
     mark, log = folder / "cell.json", folder / "log.txt"

@@ -25,7 +25,7 @@ ITEMS = ("apples", "pears", "books", "cards", "coins", "shells", "pens", "eggs",
 SPLITS = ("train", "validation", "test")
 DIFFICULTIES = (2, 3, 4)                        # operations, and how often each is drawn
 DIFFICULTY_WEIGHTS = (5, 4, 2)
-LARGEST = 50                     # no number is above it, none below 2 ("1 apples" is never said)
+LARGEST = 60                     # no quantity is above it, none below 2 ("1 apples" is never said)
 
 # kind: (operation symbol, phrasings). {p} the owner, {i} the item, {q} {r} the owners that it refers to,
 # {0} {1} its own numbers.
@@ -229,7 +229,7 @@ def _is_fair(scene):
     answer = scene.asked.value
     values = [q.value for place, q in enumerate(scene.quantities) if (place,) != scene.asked.of]
     numbers = [number for q in scene.quantities for number in q.numbers]
-    return 2 <= answer <= LARGEST and answer not in values + numbers
+    return 2 <= answer <= 2 * LARGEST and answer not in values + numbers
 
 
 def harder(scene: Scene, seed: int) -> Scene:
