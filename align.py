@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiti
 
 import hashlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -24,17 +24,18 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from minicot.config import AlignConfig, check, run
-from minicot.data import (collate, encode_row, make_groups, pairs, peek, read_problems, read_samples,
-                          samples_to_row, schedule, seed_of, style_of, target, to_groups)
+from minicot.data import (collate, default_length, encode_row, make_groups, pairs, peek, read_problems,
+                          read_samples, refuse_shared, samples_to_row, schedule, seed_of, style_of, target,
+                          to_groups)
 from minicot.losses import (aft_loss, better_than, dpo_loss, ipo_loss, pro_loss, rrhf_loss, sequence_logps,
                             sft_loss)
 from minicot.metrics import accuracy, paired_difference, repeated_4grams
 from minicot.sampling import sample_groups
 from minicot.scoring import score
 from minicot.tokenizer import Tokenizer
-from minicot.training import (Log, clip_gradients, load_checkpoint, lr_at, make_optimizer, open_run,
-                              pick_device, refuse_non_finite, save_checkpoint, train_first, write_json,
-                              write_jsonl)
+from minicot.training import (Log, check_out, clip_gradients, close_run, digest_of, load_checkpoint, lr_at,
+                              make_optimizer, open_run, pick_device, refuse_non_finite, resolve,
+                              save_checkpoint, train_first, write_json, write_jsonl)
 from minicot.weights import load_model, save_model
 
 
@@ -117,11 +118,9 @@ def sft_term(logps, batch, method, weight, n_tokens, n_groups):
 
 def fingerprint(folder, tokenizer, groups):
     """Hex hash of what reference log-probabilities depend on: weights, tokenizer and every row's ids."""
-    digest = hashlib.sha256(tokenizer.fingerprint.encode())
-    for file in sorted(Path(folder).glob("*.safetensors")):
+    digest = hashlib.sha256(digest_of(tokenizer, groups).encode())
+    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         digest.update(file.read_bytes())
-    for row in (row for group in groups for row in group):
-        digest.update(f"{row.n_prompt}:{row.ids};".encode())
     return digest.hexdigest()
 
 
@@ -148,7 +147,8 @@ def reference_logps(path, folder, tokenizer, groups, config, device):
             sums.append(sequence_logps(logps, batch.loss_mask, reduce="sum").cpu())
         flat = torch.cat(sums)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"logps": flat}, path, metadata={"key": key})
+        save_file({"logps": flat}, f"{path}.part", metadata={"key": key})
+        os.replace(f"{path}.part", path)
     return flat.split([len(group) for group in groups])
 
 
@@ -187,18 +187,12 @@ def probe(model, tokenizer, problems, settings, device):
 # ---- the script ----------------------------------------------------------------------------------
 
 def check_flags(c, method):
-    for name, ok in {"batch_size": c.batch_size > 0, "accumulate": 0 < c.accumulate <= c.batch_size,
-                     "k": c.k > 1, "lr": c.lr > 0, "epochs": c.epochs > 0, "steps": c.steps >= 0,
-                     "beta": c.beta > 0,
-                     "max_pairs": c.max_pairs > 0, "limit": c.limit >= 0, "eval_limit": c.eval_limit >= 0,
-                     "sft_weight": c.sft_weight is None or c.sft_weight >= 0, "warmup": 0 <= c.warmup < 1,
-                     "clip": c.clip >= 0, "max_new_tokens": c.max_new_tokens > 0}.items():
-        check(ok, "--" + name.replace("_", "-"), getattr(c, name), "see --help")
+    """What one flag's range cannot say."""
     if c.method in UNCONSTRAINED:
         check(c.constraint == "none", "--constraint", c.constraint, f"none, for {c.method}")
     boundary = c.constraint == "boundary"
-    check(boundary == (c.margin is not None) and (not boundary or c.margin >= 0), "--margin", c.margin,
-          "a number >= 0 with --constraint boundary, and nothing without")
+    check(boundary == (c.margin is not None), "--margin", c.margin,
+          "a number with --constraint boundary, and nothing without")
     if method.sft_on == "reference":
         check(c.reference, "--reference", c.reference, f"true: {c.method} trains its SFT term on it")
 
@@ -210,43 +204,57 @@ def read_groups(config, method, samples, tokenizer, context):
         samples = pairs(samples, max_pairs=config.max_pairs, window=window, seed=config.seed)
     groups, counts = make_groups(tokenizer, samples, mode=config.mode, max_length=context,
                                  reference=config.reference and not method.on_pairs)
+    if method.on_pairs:                                           # a pair that lost a member is none
+        whole = [group for group in groups if len(group) == 2]
+        counts["broken pairs"], groups = len(groups) - len(whole), whole
     if method.loss is None:
         groups = [right for group in groups if (right := [row for row in group if row.correct])]
-        check(groups, "--samples", config.samples, "samples with a right response")
+    check(groups, "--samples", config.samples, f"samples that {config.method} can use; left out: {counts}")
     return groups, counts
 
 
 def main(config):
     method, started = METHODS[config.method], time.perf_counter()
+    if config.constraint == "default":
+        config = replace(config, constraint="detached" if config.method == "aft" else "none")
     check_flags(config, method)
     device = pick_device(config.device)
-    folder = Path(config.init or train_first())
-    tokenizer, model = Tokenizer(folder), load_model(folder, dtype=torch.float32, device=device)
-    context, data = model.config.max_position_embeddings, config.data or ("" if config.samples else "toy")
-    settings = dict(mode=config.mode, style=config.style or style_of(data), batch_size=config.eval_batch_size,
-                    max_new_tokens=config.max_new_tokens)
+    data = config.data or ("" if config.samples else "toy")
+    inputs = [path for path in (config.init, config.ref, config.samples, config.ref_logps) if path]
+    check_out(config, inputs)
     evaluated = data and config.eval_split
     held_out = read_problems(data, config.eval_split, limit=config.eval_limit) if evaluated else []
-    problems = [] if config.samples else read_problems(data, config.split, limit=config.limit)
-    samples = read_samples(config.samples) if config.samples else []
-    out = open_run(config)
+    without = [problem.id for problem in held_out if problem.answer is None]
+    check(not without, "--eval-split", config.eval_split,
+          f"problems with an answer, {len(without)} have none")
+    kept = config.samples or (Path(config.out) / "samples.jsonl" if config.resume else "")
+    samples = read_samples(kept) if kept else []
+    problems = [group.problem for group in samples] or read_problems(data, config.split, limit=config.limit)
+    refuse_shared(problems, held_out, "--eval-split")
 
-    if not samples and config.resume:
-        samples = read_samples(out / "samples.jsonl")
-    elif not samples:
+    folder = resolve(config.init or train_first())
+    tokenizer, model = Tokenizer(folder), load_model(folder, dtype=torch.float32, device=device)
+    context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+    check(tokenizer.vocab_size <= vocabulary, "--init", str(folder),
+          f"a tokenizer of at most {vocabulary} ids")
+    settings = dict(mode=config.mode, style=config.style or style_of(data), batch_size=config.eval_batch_size,
+                    max_new_tokens=config.max_new_tokens or default_length(data))
+    if not samples:
         drawn = sample_groups(model, tokenizer, problems, n=config.k, seed=config.seed, **settings)
         samples = list(tqdm(drawn, total=len(problems), desc="sampling", unit="problem", disable=None))
-        write_jsonl(out / "samples.jsonl", map(samples_to_row, samples))
     groups, counts = read_groups(config, method, samples, tokenizer, context)
-    check(max(max(row.ids) for group in groups for row in group) < model.config.vocab_size, "--samples",
-          config.samples, f"samples of this tokenizer, with ids below {model.config.vocab_size}")
+    check(max(max(row.ids) for group in groups for row in group) < vocabulary, "--samples", config.samples,
+          f"samples of this tokenizer, with ids below {vocabulary}")
     if config.peek:
         peek(tokenizer, groups[:config.peek])
+
+    out = open_run(config, digest_of(tokenizer, groups), inputs)
+    if not config.samples:
+        write_jsonl(out / "samples.jsonl", map(samples_to_row, samples))
     ref = None
     if method.needs_ref:
         path = Path(config.ref_logps or out / "ref_logps.safetensors")
-        ref = reference_logps(path, config.ref or folder, tokenizer, groups, config, device)
-
+        ref = reference_logps(path, resolve(config.ref or folder), tokenizer, groups, config, device)
     n_groups = config.steps * config.batch_size or int(config.epochs * len(groups))
     check(n_groups > 0, "--epochs", config.epochs, f"enough for one of the {len(groups)} groups")
     batches = schedule([max(len(row.ids) for row in group) for group in groups], config.batch_size, n_groups,
@@ -300,19 +308,20 @@ def main(config):
 
     save_model(model, out)
     tokenizer.save(out)
+    close_run(out)
     if held_out:
         compare(folder, model, tokenizer, held_out, settings, out, device)
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes -> {out}")
 
 
 def compare(folder, model, tokenizer, problems, settings, out, device):
-    """Greedy accuracy of the model before and after, on the same problems -> results.json and a line."""
+    """Greedy accuracy of the model before and after, on the same problems -> comparison.json and a line."""
     before, after = ([int(bool(group.responses[0].correct)) for group in
                       sample_groups(one, tokenizer, problems, n=1, temperature=0.0, **settings)]
                      for one in (load_model(folder, dtype=torch.float32, device=device), model))
     difference, low, high = paired_difference([before], [after])
-    write_json(out / "results.json", {"before": before, "after": after, "difference": difference, "low": low,
-                                      "high": high})
+    write_json(out / "comparison.json", {"before": before, "after": after, "difference": difference,
+                                         "low": low, "high": high})
     print(f"greedy accuracy on {len(problems)} held-out problems: {accuracy(before)[0]:.1%} -> "
           f"{accuracy(after)[0]:.1%}, difference {difference:+.1%} [{low:+.1%}, {high:+.1%}]")
 

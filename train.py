@@ -11,130 +11,102 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep, not spin
 
 import json
-import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from minicot import plots
 from minicot.config import TrainConfig, check, run
-from minicot.data import collate, encode_row, fit, peek, read_problems, schedule, seed_of, target
+from minicot.data import (collate, encode_row, fit, peek, read_problems, refuse_shared, schedule, seed_of,
+                          target)
 from minicot.losses import sft_loss
 from minicot.metrics import paired_difference
 from minicot.scoring import score
 from minicot.tokenizer import Tokenizer
-from minicot.training import (
-    Log,
-    clip_gradients,
-    load_checkpoint,
-    lr_at,
-    make_optimizer,
-    mfu,
-    open_run,
-    pick_device,
-    refuse_non_finite,
-    resolve,
-    save_checkpoint,
-    write_json,
-)
+from minicot.training import (Log, check_out, clip_gradients, close_run, digest_of, load_checkpoint, lr_at,
+                              make_optimizer, mfu, open_run, pick_device, refuse_non_finite, resolve,
+                              save_checkpoint, write_json)
 from minicot.weights import load_model, save_model
 
 
-def make_rows(tokenizer, problems, mode):
-    modes = ("cot", "direct") if mode == "both" else (mode,)
-    return [encode_row(tokenizer, problem, target(problem, m), mode=m) for problem in problems for m in modes]
+def make_rows(tokenizer, problems, config, max_length):
+    """Rows of problems, one each (two with --mode both), and how many were too long."""
+    modes = ("cot", "direct") if config.mode == "both" else (config.mode,)
+    rows = [encode_row(tokenizer, problem, target(problem, mode), mode=mode)
+            for problem in problems for mode in modes]
+    return fit(rows, max_length, config.overlong)
 
 
 @torch.no_grad()
-def solution_nlls(model, rows, pad_id, device):
+def row_losses(model, rows, pad_id, device):
     """Mean token loss of each row, (len(rows),)."""
-    nlls = []
+    losses = []
     for start in range(0, len(rows), 8):
-        batch = collate([[row] for row in rows[start : start + 8]], pad_id).to(device)
-        logps = score(model, batch)
-        nlls += [-logp[mask].mean().item() for logp, mask in zip(logps, batch.loss_mask)]
-    return nlls
+        batch = collate([[row] for row in rows[start:start + 8]], pad_id).to(device)
+        losses += [-logps[mask].mean().item() for logps, mask in zip(score(model, batch), batch.loss_mask)]
+    return losses
 
 
 def main(config):
-    for name, ok in {
-        "batch_size": config.batch_size > 0,
-        "accumulate": 0 < config.accumulate <= config.batch_size,
-        "lr": config.lr > 0,
-        "epochs": config.epochs > 0,
-        "steps": config.steps >= 0,
-        "warmup": 0 <= config.warmup < 1,
-        "clip": config.clip >= 0,
-        "limit": config.limit >= 0,
-    }.items():
-        check(ok, "--" + name.replace("_", "-"), getattr(config, name), "see --help")
-    device = pick_device(config.device)
-    init = resolve(config.init)
-    tokenizer = Tokenizer(
-        resolve(config.tokenizer) if config.tokenizer else init.parent if init.is_file() else init
-    )
+    device, init = pick_device(config.device), resolve(config.init)
+    folder = init.parent if init.is_file() else init
+    check_out(config, [folder, *config.data.split(":")[-1:]])
+    tokenizer = Tokenizer(resolve(config.tokenizer) if config.tokenizer else folder)
     model = load_model(init, dtype=torch.float32, device=device, seed=config.seed)
-    max_length = config.max_length or model.config.max_position_embeddings
-    check(
-        max_length <= model.config.max_position_embeddings,
-        "--max-length",
-        max_length,
-        f"at most the model's max_position_embeddings, {model.config.max_position_embeddings}",
-    )
-
+    context = model.config.max_position_embeddings
+    check(config.max_length <= context, "--max-length", config.max_length, f"at most the context, {context}")
+    check(tokenizer.vocab_size <= model.config.vocab_size, "--tokenizer", str(tokenizer.folder),
+          f"one with ids below the model's vocab_size, {model.config.vocab_size}")
+    max_length = config.max_length or context
     problems = read_problems(config.data, config.split, limit=config.limit)
-    rows, n_overlong = fit(make_rows(tokenizer, problems, config.mode), max_length, config.overlong)
-    eval_rows = []
+    rows, n_overlong = make_rows(tokenizer, problems, config, max_length)
+    held_out, n_lost = [], 0
     if config.eval_split:
-        held_out = read_problems(config.data, config.eval_split, limit=config.eval_limit)
-        eval_rows, _ = fit(make_rows(tokenizer, held_out, config.mode), max_length, config.overlong)
+        unseen = read_problems(config.data, config.eval_split, limit=config.eval_limit)
+        refuse_shared(problems, unseen, "--eval-split")
+        held_out, n_lost = make_rows(tokenizer, unseen, config, max_length)
     n_rows = config.steps * config.batch_size or int(config.epochs * len(rows))
     check(n_rows > 0, "--epochs", config.epochs, f"enough for one of the {len(rows)} rows")
-    batches = schedule(
-        [len(row.ids) for row in rows], config.batch_size, n_rows, seed_of(config.seed, "order")
-    )
+    lengths = [len(row.ids) for row in rows]
+    batches = schedule(lengths, config.batch_size, n_rows, seed_of(config.seed, "order"))
     if config.peek:
-        peek(tokenizer, [[row] for row in rows[: config.peek]])
+        peek(tokenizer, [[row] for row in rows[:config.peek]])
 
-    out = open_run(config)
+    out = open_run(config, digest_of(tokenizer, [rows, held_out]), [folder])
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     first = load_checkpoint(out, model, optimizer) if config.resume else 0
     log = Log(out / "metrics.jsonl", first)
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}; {len(rows):,} rows "
-        f"({n_overlong} over {max_length} tokens left out); steps {first + 1} to {len(batches)}"
-    )
-    if eval_rows and not first:
-        write_json(out / "eval.json", {"before": solution_nlls(model, eval_rows, tokenizer.pad_id, device)})
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}; {len(rows):,} rows and "
+          f"{len(held_out)} held out ({n_overlong + n_lost} over {max_length} tokens left out); "
+          f"steps {first + 1} to {len(batches)}")
+    if held_out and not first:
+        write_json(out / "eval.json", {"before": row_losses(model, held_out, tokenizer.pad_id, device)})
 
-    start = time.perf_counter()
     progress = tqdm(range(first + 1, len(batches) + 1), unit="step", disable=None)
     for step in progress:
-        chosen = [rows[i] for i in batches[step - 1]]
-        lr = lr_at(step, len(batches), config.lr, config.warmup)
         for parameters in optimizer.param_groups:
-            parameters["lr"] = lr
-        n_target = sum(len(row.ids) - row.n_prompt for row in chosen)
+            parameters["lr"] = lr_at(step, len(batches), config.lr, config.warmup)
+        chosen = [rows[i] for i in batches[step - 1]]
+        n_target = sum(len(row.ids) - row.n_prompt for row in chosen)          # of the whole step
         loss = 0.0
-        for micro in [chosen[i :: config.accumulate] for i in range(min(config.accumulate, len(chosen)))]:
+        for micro in [part for a in range(config.accumulate) if (part := chosen[a::config.accumulate])]:
             batch = collate([[row] for row in micro], tokenizer.pad_id).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
                 logps = score(model, batch)
-            micro_loss = sft_loss(logps, batch.loss_mask, n_tokens=n_target)
-            micro_loss.backward()
-            loss += micro_loss.item()
+            part = sft_loss(logps, batch.loss_mask, n_tokens=n_target)
+            part.backward()
+            loss += part.item()
         refuse_non_finite(loss, "the loss", step, [row.problem_id for row in chosen])
         grad_norm = clip_gradients(model, config.clip)
         refuse_non_finite(grad_norm, "the gradient norm", step, [row.problem_id for row in chosen])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        line = log.write(step, sum(len(row.ids) for row in chosen), loss=loss, lr=lr, grad_norm=grad_norm)
+        n_tokens = sum(len(row.ids) for row in chosen)
+        line = log.write(step, n_tokens, loss=loss, lr=parameters["lr"], grad_norm=grad_norm)
         progress.set_postfix_str(f"loss {loss:.3f}, {line['tokens_per_s']:,.0f} tokens/s")
-        if step == config.stop_at or (
-            config.save_every and step % config.save_every == 0 and step < len(batches)
-        ):
+        due = config.save_every and step % config.save_every == 0 and step < len(batches)
+        if due or step == config.stop_at:
             save_checkpoint(out, step, model, optimizer)
         if step == config.stop_at:
             print(f"stopped after step {step}; go on with --resume")
@@ -143,33 +115,28 @@ def main(config):
     save_model(model, out)
     tokenizer.save(out)
     plots.loss_curve(log.read(), out / "loss.svg")
-    report(model, log, out, time.perf_counter() - start, device)
-    if eval_rows:
-        report_eval(out, solution_nlls(model, eval_rows, tokenizer.pad_id, device), config)
+    close_run(out)
+    report(model, log.read(), out, device)
+    if held_out:
+        report_held_out(out, row_losses(model, held_out, tokenizer.pad_id, device), config.eval_split)
 
 
-def report(model, log, out, seconds, device):
-    lines = log.read()
-    last = [line["loss"] for line in lines[-20:]]
-    share = mfu(model, lines[-1]["tokens_per_s"], device)
-    print(
-        f"loss {lines[0]['loss']:.3f} -> {sum(last) / len(last):.3f} (mean of the last {len(last)} steps), "
-        f"{lines[-1]['tokens_per_s']:,.0f} tokens/s{f', MFU {share:.1%}' if share else ''}, "
-        f"{seconds:.0f} s -> {out}"
-    )
+def report(model, lines, out, device):
+    last, speed = [line["loss"] for line in lines[-20:]], lines[-1]["tokens_per_s"]
+    share = mfu(model, speed, device)
+    print(f"loss {lines[0]['loss']:.3f} -> {sum(last) / len(last):.3f} (mean of the last {len(last)} steps), "
+          f"{speed:,.0f} tokens/s{f', MFU {share:.1%}' if share else ''} -> {out}")
 
 
-def report_eval(out, after, config):
-    before = json.loads((Path(out) / "eval.json").read_text())["before"]
+def report_held_out(out, after, split):
+    """Mean token loss of held-out solutions before and after, paired -> eval.json and a line."""
+    before = json.loads((out / "eval.json").read_text())["before"]
     difference, low, high = paired_difference([before], [after])
-    write_json(
-        out / "eval.json",
-        {"before": before, "after": after, "difference": difference, "low": low, "high": high},
-    )
-    print(
-        f"NLL of {len(after)} {config.eval_split} solutions: {sum(before) / len(before):.4f} -> "
-        f"{sum(after) / len(after):.4f} nats a token, difference {difference:+.4f} [{low:+.4f}, {high:+.4f}]"
-    )
+    write_json(out / "eval.json", {"before": before, "after": after, "difference": difference, "low": low,
+                                   "high": high})
+    print(f"NLL of {len(after)} solutions of {split}: {sum(before) / len(before):.4f} -> "
+          f"{sum(after) / len(after):.4f} nats a token, difference {difference:+.4f} "
+          f"[{low:+.4f}, {high:+.4f}]")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 from minicot.answers import extract_answer, is_correct
 from minicot.toy import problems as toy
 
+LETTERS = "ABCDEFGHIJ"
 COT_PROMPT, DIRECT_PROMPT = "\nThink step by step.", "\nAnswer briefly."
 
 
@@ -96,12 +97,21 @@ def typed(row, fields, where):
         if ok and name in ITEM_TYPES:
             ok = all(isinstance(item, ITEM_TYPES[name]) for item in value)
         if not ok:
-            raise ValueError(
-                f"{where}: field {name!r} is {value!r:.80}, expected {describe(name, fields[name])}"
-            )
-        if isinstance(value, float) and not math.isfinite(value):
+            expected = describe(name, fields[name])
+            raise ValueError(f"{where}: field {name!r} is {value!r:.80}, expected {expected}")
+        texts = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
+        if not all(map(encodable, texts)):
+            raise ValueError(f"{where}: field {name!r} holds a lone surrogate, which is no text")
+        if isinstance(value, (int, float)) and not abs(value) <= 1e300:
             raise ValueError(f"{where}: field {name!r} is {value}, expected a finite number")
     return found
+
+
+def encodable(text):
+    try:
+        return text.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def describe(name, kinds):
@@ -129,6 +139,10 @@ def problem_from_row(row, where, line_number):
     found["id"] = str(found.get("id", line_number))
     if "answer" in found:
         found["answer"] = str(found["answer"])
+    if len(found.get("choices", [])) > len(LETTERS):
+        raise ValueError(f"{where}: {len(found['choices'])} choices; allowed: at most {len(LETTERS)}")
+    if "choices" in found and "answer" in found and found["answer"] not in LETTERS[: len(found["choices"])]:
+        raise ValueError(f"{where}: answer is {found['answer']!r}; allowed: a letter of its choices")
     return Problem(**found)
 
 
@@ -171,14 +185,15 @@ def read_jsonl(path):
     """Yield (line number, object) of a JSON-lines file; a malformed line is an error that names it."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        found = "a folder, expected a file" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{path}: {found}")
     with open(path, encoding="utf-8") as file:
         try:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
                         yield number, json.loads(line)
-                    except (json.JSONDecodeError, RecursionError) as error:
+                    except (ValueError, RecursionError) as error:
                         raise ValueError(
                             f"{path}:{number}: not JSON ({error}); found {line.strip()!r:.60}"
                         ) from None
@@ -208,22 +223,24 @@ def refuse_duplicates(numbered_ids, path):
 # ---- known sets, as they are published -----------------------------------------------------------
 
 
-def gsm8k_row(row, number):
+def gsm8k_row(row, number, stem):
     """Cobbe et al. 2021: `answer` is the worked solution; its calculator marks <<48/2=24>> are left out."""
     solution = re.sub(r"<<[^>]*>>", "", row["answer"])
+    if extract_answer(solution, "hash") is None:
+        raise ValueError("its answer has no line #### number")
     return {
-        "id": f"gsm8k-{number}",
+        "id": f"gsm8k-{stem}-{number}",
         "question": row["question"],
         "solution": solution,
         "answer": extract_answer(solution, "hash"),
     }
 
 
-def aqua_row(row, number):
+def aqua_row(row, number, stem):
     """Ling et al. 2017: options "A)32400", a rationale, the letter of the right option."""
     options = [re.sub(r"^\s*[A-E]\s*\)\s*", "", option) for option in row["options"]]
     return {
-        "id": f"aqua-{number}",
+        "id": f"aqua-{stem}-{number}",
         "question": row["question"],
         "choices": options,
         "answer": row["correct"],
@@ -231,10 +248,10 @@ def aqua_row(row, number):
     }
 
 
-def ecqa_row(row, number):
+def ecqa_row(row, number, stem):
     """Aggarwal et al. 2021: five choices, the index of the right one, a free-flow explanation (train
     only)."""
-    letter = "ABCDE"[row["answer"]]
+    letter = dict(enumerate(LETTERS[: len(row["choices"])]))[row["answer"]]
     explanation = row.get("explanation")
     return {
         "id": row["id"],
@@ -245,7 +262,7 @@ def ecqa_row(row, number):
     }
 
 
-def arithmetic_row(row, number):
+def arithmetic_row(row, number, stem):
     """SVAMP, MultiArith, AddSub, SingleEq: a question and a number."""
     return {"id": row["id"], "question": row["question"], "answer": row["answer"]}
 
@@ -272,6 +289,8 @@ def read_problems(spec, split="train", *, limit=0):
     `split` may be a slice, `train[7000:]`. limit > 0 keeps the first problems. ValueError names file, line
     and value."""
     name, _, path = spec.partition(":")
+    if limit < 0:
+        raise ValueError(f"limit is {limit}; allowed: 0 (all) or more")
     match = re.fullmatch(r"([\w-]+)(?:\[(-?\d*):(-?\d*)\])?", split)
     if not match:
         raise ValueError(f"split is {split!r}; allowed: a name, or a slice of one such as train[:7000]")
@@ -307,8 +326,8 @@ def read_problems(spec, split="train", *, limit=0):
 def convert(reader, row, number, source):
     """One published row -> our row; a row of another shape is an error with its line number."""
     try:
-        return reader(row, number)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        return reader(row, number, source.stem)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{source}:{number}: not a row of this set ({type(error).__name__}: {error})"
         ) from None
@@ -322,7 +341,7 @@ def render(problem, mode):
     answer ("direct"). An empty question (a pretraining row) renders to nothing."""
     if not problem.question:
         return ""
-    choices = "".join(f"\n({'ABCDEFGHIJ'[i]}) {choice}" for i, choice in enumerate(problem.choices or []))
+    choices = "".join(f"\n({LETTERS[i]}) {choice}" for i, choice in enumerate(problem.choices or []))
     return problem.question + choices + {"cot": COT_PROMPT, "direct": DIRECT_PROMPT}[mode]
 
 
@@ -350,7 +369,7 @@ def grade(problem, text, *, mode, style):
     if answer is not None and problem.choices:
         spelled = [choice.strip().lower() for choice in problem.choices]
         if answer.lower().rstrip(".") in spelled:
-            answer = "ABCDEFGHIJ"[spelled.index(answer.lower().rstrip("."))]
+            answer = LETTERS[spelled.index(answer.lower().rstrip("."))]
     return answer, None if problem.answer is None else is_correct(answer, problem.answer)
 
 
@@ -377,19 +396,23 @@ def encode_row(tokenizer, problem, text, *, mode, finish="stop", ids=None, **row
     An empty prompt starts with BOS where there is one; the very first token is never scored."""
     prompt = prompt_text(tokenizer, problem, mode)
     if ids is not None:
-        prompt_ids = tokenizer.encode(prompt)
-        if any(i < 0 for i in ids) or tokenizer.decode(ids) != text:
+        if any(not 0 <= i < 2**31 for i in ids) or tokenizer.decode(ids) != text:
             raise ValueError(
                 f"problem {problem.id!r}: the response's ids do not read as its text; "
                 "the samples were made with another tokenizer"
             )
+        if (ids[-1:] != [] and ids[-1] in tokenizer.stop_ids) != (finish == "stop"):
+            raise ValueError(f"problem {problem.id!r}: finish is {finish!r}, but its ids end in {ids[-1:]}")
+        prompt_ids = tokenizer.encode(prompt)
         all_ids, n_prompt = prompt_ids + list(ids), len(prompt_ids)
     else:
         all_ids, n_prompt = tokenizer.encode_pair(prompt, text)
-        if not prompt and tokenizer.bos_id is not None:
-            all_ids, n_prompt = [tokenizer.bos_id] + all_ids, 1
         if finish == "stop":
             all_ids = all_ids + [tokenizer.eos_id]
+    if not prompt and tokenizer.bos_id is not None:
+        all_ids, n_prompt = [tokenizer.bos_id] + all_ids, 1
+    if len(all_ids) <= max(n_prompt, 1):
+        raise ValueError(f"problem {problem.id!r}: no token to train or score; question and text are empty")
     return Row(problem.id, all_ids, max(n_prompt, 1), **row_fields)
 
 
@@ -491,6 +514,21 @@ def schedule(lengths, batch_size, n_rows, seed):
     return batches
 
 
+def refuse_shared(trained, held_out, flag):
+    """Refuse held-out problems that are trained on (a single file has no splits but slices)."""
+    shared = {problem.id for problem in trained} & {problem.id for problem in held_out}
+    if shared:
+        raise ValueError(
+            f"{flag}: {len(shared)} held-out problems are among the trained ones, e.g. {min(shared)!r}; "
+            "allowed: problems that are not, such as --split train[:900] and train[900:]"
+        )
+
+
+def default_length(spec):
+    """Longest response in tokens where no flag says it."""
+    return 96 if spec == "toy" else 256
+
+
 def seed_of(*parts):
     """A 63-bit seed that is a function of its parts (e.g. a run's seed and a problem's id), the same on
     every machine."""
@@ -572,8 +610,12 @@ def make_groups(tokenizer, samples, *, mode, max_length, reference):
     groups, counts = [], Counter()
     for group in samples:
         problem, responses = group.problem, group.responses
+        if not responses:
+            counts["without a response"] += 1
+            continue
         if reference:
-            responses = [Response(target(problem, mode), correct=True, reward=1.0), *responses]
+            best = max([1.0, *(r.reward for r in responses if r.reward is not None)])  # none ranks above it
+            responses = [Response(target(problem, mode), correct=True, reward=best), *responses]
         unlike = distinct(replace(group, responses=responses)).responses
         counts["duplicates"] += len(responses) - len(unlike)
         rows = []

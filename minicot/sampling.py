@@ -32,13 +32,19 @@ def filter_logits(logits, top_k, top_p):
 
 def choose(logits, uniforms, temperature, top_k, top_p):
     """Next token of each row: the likeliest at temperature 0, else the first whose cumulative probability
-    exceeds u."""
+    exceeds u. ValueError where a row has no finite logit or a NaN."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    largest, likeliest = logits.max(-1)
+    if not largest.isfinite().all():
+        raise ValueError("the model's logits are not finite; its weights are broken or have diverged")
     if temperature == 0:
-        return logits.argmax(-1)
-    cumulative = filter_logits(logits / temperature, top_k, top_p).softmax(-1).cumsum(-1)
-    u = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, u, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+        return likeliest
+    logits = filter_logits((logits - largest[:, None]) / temperature, top_k, top_p)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    total = cumulative[:, -1:].contiguous()
+    drawn = torch.searchsorted(cumulative, uniforms.to(cumulative)[:, None] * total, right=True)
+    last = torch.searchsorted(cumulative, total)  # of the tokens that are not left out: u may round up to 1
+    return torch.minimum(drawn, last)[:, 0]
 
 
 @torch.no_grad()
@@ -137,10 +143,18 @@ def sample_groups(
 
     reward(problem, text) -> float, where given, sets the responses' reward; else it is their correctness."""
     per_batch = max(1, batch_size // n)
-    window = 16 * per_batch  # like lengths together, without holding back results long
+    window = 8 * per_batch  # like lengths together, without holding back results long
+    context = model.config.max_position_embeddings
+    all_prompts = [tokenizer.encode(prompt_text(tokenizer, problem, mode)) for problem in problems]
+    for problem, prompt in zip(problems, all_prompts):
+        if not 0 < len(prompt) <= context - max_new_tokens:
+            raise ValueError(
+                f"problem {problem.id!r}: a prompt of {len(prompt)} tokens and {max_new_tokens} new ones "
+                f"do not fit into the context of {context}; allowed: a prompt of one token or more"
+            )
     for start in range(0, len(problems), window):
         group = problems[start : start + window]
-        prompts = [tokenizer.encode(prompt_text(tokenizer, problem, mode)) for problem in group]
+        prompts = all_prompts[start : start + window]
         order = sorted(range(len(group)), key=lambda i: len(prompts[i]))
         found = [None] * len(group)
         for i in range(0, len(order), per_batch):

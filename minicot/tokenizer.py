@@ -61,7 +61,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; special tokens written out in it are read as such, none are added."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self._encode(text).ids
 
     def decode(self, ids, skip_special: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
@@ -73,7 +73,7 @@ class Tokenizer:
         prompt opens it. So the response is what the model has to produce, and the prompt may lose its last
         characters.
         """
-        encoding = self.backend.encode(prompt + response, add_special_tokens=False)
+        encoding = self._encode(prompt + response)
         ends = (end for _, end in encoding.offsets)
         return encoding.ids, next((i for i, end in enumerate(ends) if end > len(prompt)), len(encoding.ids))
 
@@ -84,7 +84,7 @@ class Tokenizer:
         try:
             return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt,
                                          tools=None, documents=None, **self.special)
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # noqa: BLE001 - a template may raise anything
             raise ValueError(f"{self.folder}: chat template: {' '.join(str(error).split())}") from None
 
     def save(self, folder) -> None:
@@ -92,6 +92,12 @@ class Tokenizer:
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content)
+
+    def _encode(self, text: str):
+        try:
+            return self.backend.encode(text, add_special_tokens=False)
+        except TypeError:
+            raise ValueError(f"{text!r:.60} is no text that UTF-8 can write (a lone surrogate)") from None
 
     @cached_property
     def _template(self):

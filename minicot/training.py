@@ -5,9 +5,11 @@ optimizer state, both safetensors, and state.json) and, at the end, a Hugging Fa
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,22 +20,28 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from minicot.weights import read_json
+
 ROOT = Path(__file__).parent.parent
 PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense, from the vendor's data sheets
 
 
 def pick_device(name):
-    """ "auto" | "cpu" | "cuda" -> torch.device; CUDA asked for and absent is an error."""
+    """auto, cpu or cuda -> torch.device; CUDA asked for and absent is an error."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but this machine has no CUDA device; allowed here: auto, cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def train_first(out="runs/sft"):
-    """The folder that train.py leaves; where it holds no model yet, run train.py first and say so."""
-    if not (Path(out) / "model.safetensors").is_file():
-        print(f"{out} holds no model yet: running `python train.py` first", flush=True)
-        subprocess.run([sys.executable, str(ROOT / "train.py"), "--out", out, "--overwrite"], check=True)
+    """The folder that train.py leaves; where there is none, run train.py first and say so."""
+    if Path(out).exists() and not (Path(out) / "model.safetensors").is_file():
+        raise ValueError(f"{out} holds an unfinished run; allowed: python train.py --resume (or --overwrite)")
+    if not Path(out).exists():
+        print(f"{out} is not there yet: running `python train.py` first", flush=True)
+        code = subprocess.run([sys.executable, str(ROOT / "train.py"), "--out", out], check=False).returncode
+        if code:
+            raise ValueError(f"python train.py ended with exit code {code}")
     return out
 
 
@@ -79,6 +87,74 @@ def refuse_non_finite(value, what, step, problem_ids):
         )
 
 
+# ---- run folder and checkpoints --------------------------------------------------------------------
+
+PER_CALL = ("resume", "overwrite", "stop_at", "save_every", "peek")  # may differ when a run is resumed
+
+
+def digest_of(tokenizer, groups):
+    """Hex hash of what a run trains on: the tokenizer and every row's ids."""
+    digest = hashlib.sha256(tokenizer.fingerprint.encode())
+    for row in (row for group in groups for row in group):
+        digest.update(f"{row.problem_id}:{row.n_prompt}:{row.reward}:{row.ids};".encode())
+    return digest.hexdigest()
+
+
+def check_out(config, inputs=()):
+    """Refuse an --out that may not be written, before any work: an existing run needs --resume or
+    --overwrite, and what --overwrite replaces must not hold one of `inputs`."""
+    out = Path(config.out)
+    if config.resume and config.overwrite:
+        raise ValueError("--resume and --overwrite are both given; allowed: one of them")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file, expected a folder")
+    if config.resume:
+        read_json(out / "settings.json")
+        if not checkpoints(out):
+            raise ValueError(f"--resume: {out} holds no checkpoint")
+    elif out.is_dir() and any(out.iterdir()):
+        if not (out / "settings.json").is_file():
+            raise ValueError(f"--out {out} holds files that are no run of ours")
+        if not config.overwrite:
+            raise ValueError(f"--out {out} already holds a run; allowed: --overwrite, --resume")
+        for path in inputs:
+            if out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+                raise ValueError(f"--overwrite would replace {out}, which holds {path}, an input of this run")
+
+
+def open_run(config, data_digest, inputs=()):
+    """Make --out ready (see check_out) and write settings.json; --resume needs the same settings and data.
+    What --overwrite replaces stands in <out>.old until close_run."""
+    check_out(config, inputs)
+    out, settings = Path(config.out), {"data_digest": data_digest}
+    settings |= {name: value for name, value in dataclasses.asdict(config).items() if name not in PER_CALL}
+    if config.resume:
+        before = read_json(out / "settings.json")
+        changed = sorted(name for name in settings if settings[name] != before.get(name))
+        if changed:
+            raise ValueError(f"--resume: {changed[0]} is {settings[changed[0]]!r}, the run in {out} has "
+                             f"{before.get(changed[0])!r}; allowed: the same settings and data")
+        return out
+    if out.is_dir() and any(out.iterdir()):
+        old = Path(f"{out}.old")                      # of a run that failed, keep what stood there before it
+        shutil.rmtree(out) if old.exists() else os.replace(out, old)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "settings.json", settings)
+    return out
+
+
+def close_run(out):
+    """The run is whole: what it replaced goes."""
+    shutil.rmtree(f"{out}.old", ignore_errors=True)
+
+
+def write_json(path, value, indent=1):
+    """Atomic: the file is whole or as it was before."""
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
 def write_jsonl(path, rows):
     """Atomic, as write_json."""
     part = Path(f"{path}.part")
@@ -86,64 +162,17 @@ def write_jsonl(path, rows):
     os.replace(part, path)
 
 
-# ---- run folder and checkpoints ------------------------------------------------------------------
-
-PER_CALL = (
-    "resume",
-    "overwrite",
-    "stop_at",
-    "save_every",
-    "peek",
-)  # flags that may differ between a run and its resumption
-
-
-def open_run(config):
-    """Make --out ready: an existing run is refused unless --overwrite (replaces it) or --resume (same
-    settings) is given."""
-    out = Path(config.out)
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in PER_CALL}
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file, expected a folder")
-    if config.resume:
-        if not (out / "settings.json").is_file():
-            raise FileNotFoundError(f"--resume: {out} holds no run (no settings.json)")
-        before = json.loads((out / "settings.json").read_text())
-        changed = sorted(name for name in settings if settings[name] != before.get(name))
-        if changed:
-            raise ValueError(
-                f"--resume: {changed[0]} is {settings[changed[0]]!r}, the run in {out} has "
-                f"{before.get(changed[0])!r}; allowed: the same settings"
-            )
-    elif out.is_dir() and any(out.iterdir()):
-        if not (out / "settings.json").is_file():
-            raise ValueError(
-                f"--out {out} holds files that are no run of ours; allowed: an empty or new folder"
-            )
-        if not config.overwrite:
-            raise ValueError(
-                f"--out {out} already holds a run; allowed: --overwrite, --resume, or another --out"
-            )
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "settings.json", settings)
-    return out
-
-
-def write_json(path, value, indent=1):
-    """Atomic: the file is whole or as it was before."""
-    part = Path(f"{path}.part")
-    part.write_text(json.dumps(value, indent=indent) + "\n")
-    os.replace(part, path)
+def checkpoints(out):
+    """{step: folder} of a run's whole checkpoints."""
+    found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(out).glob("checkpoint-*")}
+    return {int(match[1]): path for path, match in found.items() if match}
 
 
 def save_checkpoint(out, step, model, optimizer):
     """out/checkpoint-<step>/, written beside and renamed when whole; then older checkpoints go."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    state = {
-        f"{names[parameter]}.{key}": value if value.ndim else value.reshape(1)
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
-    }
+    state = {f"{names[parameter]}.{key}": value if value.ndim else value.reshape(1)
+             for parameter, values in optimizer.state.items() for key, value in values.items()}
     part, final = out / f"checkpoint-{step}.part", out / f"checkpoint-{step}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -158,21 +187,17 @@ def save_checkpoint(out, step, model, optimizer):
 
 
 def load_checkpoint(out, model, optimizer):
-    """Put the newest checkpoint of a run folder into model and optimizer; returns its step (0: there is
-    none)."""
-    found = {
-        int(path.name.split("-")[1]): path for path in out.glob("checkpoint-*") if path.suffix != ".part"
-    }
-    if not found:
-        return 0
-    step = max(found)
-    try:
-        weights = load_file(found[step] / "weights.safetensors")
-        state = load_file(found[step] / "optimizer.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{found[step]}: the checkpoint cannot be read ({error}); delete it to start again"
-        ) from None
+    """Put the newest checkpoint of a run folder into model and optimizer, strictly; returns its step."""
+    folder = checkpoints(out)[max(checkpoints(out))]
+    step, shapes = read_json(folder / "state.json").get("step"), {"weights": {}, "optimizer": {}}
+    if folder.name != f"checkpoint-{step}":
+        raise ValueError(f"{folder / 'state.json'}: step is {step!r}, the folder is {folder.name}")
+    for name, parameter in model.named_parameters():
+        shapes["weights"][name] = parameter.shape
+        if parameter.requires_grad:
+            keys = {"step": (1,), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+            shapes["optimizer"] |= {f"{name}.{key}": shape for key, shape in keys.items()}
+    weights, state = (read_exactly(folder / f"{kind}.safetensors", shapes[kind]) for kind in shapes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
@@ -182,17 +207,29 @@ def load_checkpoint(out, model, optimizer):
     return step
 
 
+def read_exactly(path, shapes):
+    """The tensors of a safetensors file, which must have exactly these names and shapes and finite values."""
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); delete the checkpoint") from None
+    if tensors.keys() != shapes.keys():
+        other = sorted(tensors.keys() ^ shapes.keys())
+        raise ValueError(f"{path}: holds other tensors than the model, e.g. {other[0]}")
+    for name, tensor in tensors.items():
+        if tensor.shape != torch.Size(shapes[name]) or not tensor.isfinite().all():
+            raise ValueError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, expected finite values "
+                             f"of shape {tuple(shapes[name])}")
+    return tensors
+
+
 class Log:
     """metrics.jsonl: one JSON object a step. Resuming at a step drops the lines written after it."""
 
     def __init__(self, path, resume_step=0):
         self.path, self.start, self.tokens = Path(path), time.perf_counter(), 0
-        kept = []
-        if resume_step and self.path.is_file():
-            kept = [
-                line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= resume_step
-            ]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        lines = self.read() if resume_step and self.path.is_file() else []
+        write_jsonl(self.path, [line for line in lines if line["step"] <= resume_step])
 
     def write(self, step, n_tokens, **values):
         """Append {step, tokens_per_s (mean so far, prompt tokens included), ...}; returns the object."""
@@ -207,7 +244,12 @@ class Log:
         return line
 
     def read(self):
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
+        """The lines as objects; a last line that was cut off while being written is left out."""
+        lines = self.path.read_text().split("\n")[:-1]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise ValueError(f"{self.path}: a line is not JSON ({error})") from None
 
 
 def mfu(model, tokens_per_s, device):

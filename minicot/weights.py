@@ -43,6 +43,9 @@ ONLY = {
     "qwen2": ALL | {"use_sliding_window": False, "attention_bias": True, "mlp_bias": False},
     "qwen3": ALL | {"use_sliding_window": False, "mlp_bias": False},
 }
+LIMITS = {"vocab_size": 10**8, "num_hidden_layers": 10**4, "hidden_size": 10**6,
+          "intermediate_size": 10**7, "num_attention_heads": 10**4,
+          "num_key_value_heads": 10**4, "head_dim": 10**5}  # beyond: broken
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LLAMA3_FIELDS = tuple(field.name for field in fields(Llama3Rope))
 
@@ -55,7 +58,7 @@ def parse_config(config: dict, where: str) -> ModelConfig:
     over.
     """
     family = config.get("model_type")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise ValueError(f"{where}: model_type {family!r}; known are {', '.join(ARCHITECTURES)}")
     values = DEFAULTS[family] | config
     for name, allowed in ONLY[family].items():
@@ -63,7 +66,8 @@ def parse_config(config: dict, where: str) -> ModelConfig:
             raise ValueError(f"{where}: {name} is absent; for {family} only {allowed!r} is known")
         if config.get(name, allowed) != allowed:
             raise ValueError(f"{where}: {name} {config[name]!r}; for {family} only {allowed!r} is known")
-    if any(kind != "full_attention" for kind in values.get("layer_types") or []):
+    layer_types = values.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise ValueError(f"{where}: layer_types {values['layer_types']}; only 'full_attention' is known")
 
     heads = number(values, "num_attention_heads", where)
@@ -138,8 +142,8 @@ def number(values: dict, name: str, where: str, kind: type = int):
     if name not in values:
         raise ValueError(f"{where}: {name} is absent")
     value = values[name]
-    if not isinstance(value, int | kind) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise ValueError(f"{where}: {name} {value!r} is not a positive {kind.__name__}")
+    if not isinstance(value, int | kind) or isinstance(value, bool) or not 0 < value < LIMITS.get(name, 1e12):
+        raise ValueError(f"{where}: {name} {value!r:.40} is not a positive {kind.__name__} of a sane size")
     return kind(value)
 
 

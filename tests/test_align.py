@@ -175,7 +175,7 @@ def test_trl_pairs_are_aligned_without_a_grade(policy, tmp_path):
         (["--beta", "0"], ["--beta"]),
         (["--samples", "nowhere.jsonl"], ["nowhere.jsonl"]),
         (["--init", "nowhere"], ["nowhere"]),
-        (["--method", "dpo", "--label-smoothing", "0.1"], ["label_smoothing"]),
+        (["--method", "dpo", "--constraint", "detached", "--label-smoothing", "0.1"], ["label_smoothing"]),
     ],
 )
 def test_bad_input_ends_in_one_line(policy, samples, tmp_path, argv, parts):
@@ -208,3 +208,53 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(p
         list((tmp_path / "out").glob("checkpoint-*"))
         and not (tmp_path / "out" / "model.safetensors").exists()
     )
+
+
+def test_a_pair_that_lost_a_member_is_counted_not_trained(policy, tmp_path):
+    rows = [{"prompt": "How many?", "chosen": "It is 3.", "rejected": "It is 4."}] * 3
+    rows[1] = {**rows[1], "chosen": "   "}
+    rows[2] = {**rows[2], "chosen": "It is 4."}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run_align(policy, path, "--method", "dpo", cwd=tmp_path)
+    assert (
+        done.returncode == 0 and "1 groups, 2 responses" in done.stdout and "'broken pairs': 2" in done.stdout
+    )
+    path.write_text(json.dumps(rows[1]) + "\n")
+    done = run_align(policy, path, "--method", "dpo", "--out", "b", cwd=tmp_path)
+    assert_one_line_error(done, "samples that dpo can use")
+
+
+def test_the_papers_constraints_are_the_defaults(policy, samples, tmp_path):
+    for method, constraint in (("aft", "detached"), ("dpo", "none"), ("rrhf", "none"), ("rft", "none")):
+        done = run_align(policy, samples, "--method", method, "--out", method, cwd=tmp_path)
+        assert f"{method}, constraint {constraint}:" in done.stdout, done.stderr
+
+
+def test_what_overwrite_would_replace_is_never_an_input(policy, samples, tmp_path):
+    assert run_align(policy, samples, cwd=tmp_path).returncode == 0
+    kept = tmp_path / "out" / "samples.jsonl"
+    kept.write_text(samples.read_text())
+    for argv in (["--samples", kept], ["--init", tmp_path / "out"], ["--ref", tmp_path / "out"]):
+        done = run_align(policy, samples, "--overwrite", *argv, cwd=tmp_path)
+        assert_one_line_error(done, "an input of this run")
+    assert kept.read_text() == samples.read_text()
+
+
+def test_a_truncated_reference_cache_is_refused_by_name(policy, samples, tmp_path):
+    (tmp_path / "ref.safetensors").write_bytes(b"12345678")
+    argv = ["--method", "dpo", "--ref-logps", tmp_path / "ref.safetensors"]
+    assert_one_line_error(run_align(policy, samples, *argv, cwd=tmp_path), "ref.safetensors")
+
+
+def test_held_out_problems_need_an_answer_and_must_not_be_trained(policy, samples, tmp_path):
+    done = run_align(policy, samples, "--data", "toy", "--eval-split", "train", cwd=tmp_path)
+    assert_one_line_error(done, "--eval-split", "among the trained")
+    (tmp_path / "q.jsonl").write_text('{"question": "Why?"}\n')
+    done = run_align(policy, samples, "--data", tmp_path / "q.jsonl", cwd=tmp_path)
+    assert_one_line_error(done, "problems with an answer")
+    done = run_align(policy, samples, "--data", "toy", "--eval-limit", 8, "--max-new-tokens", 4, cwd=tmp_path)
+    assert "greedy accuracy on 8 held-out problems: 0.0% -> 0.0%" in done.stdout, done.stderr
+    assert {"held_out_accuracy", "held_out_reference_nll", "held_out_repeated_4grams"} <= lines(tmp_path)[
+        0
+    ].keys()

@@ -250,5 +250,50 @@ def test_groups_count_duplicates_empties_and_pairless_ones(tokenizer):
         )
     with pytest.raises(ValueError, match="has no solution"):
         data.make_groups(
-            tokenizer, [Samples(Problem("1", "q"), [])], mode="cot", max_length=64, reference=True
+            tokenizer,
+            [Samples(Problem("1", "q"), [Response("x", True)])],
+            mode="cot",
+            max_length=64,
+            reference=True,
         )
+
+
+def test_the_reference_ranks_below_no_response(tokenizer):
+    problem = Problem("1", "q?", "3", solution="so 3\n#### 3")
+    graded = Samples(problem, [Response("#### 3", True, 5.0), Response("#### 4", False, 2.0)])
+    ((reference, *rest),), _ = data.make_groups(
+        tokenizer, [graded], mode="cot", max_length=64, reference=True
+    )
+    assert reference.is_reference and reference.reward == 5.0 and [row.reward for row in rest] == [5.0, 2.0]
+
+
+def test_finish_must_agree_with_the_sampled_ids(tokenizer):
+    problem, ids = Problem("1", "q?"), tokenizer.encode("3")
+    data.encode_row(tokenizer, problem, "3", mode="cot", ids=ids, finish="length")
+    for finish, given in (("stop", ids), ("length", [*ids, tokenizer.eos_id])):
+        with pytest.raises(ValueError, match="finish is"):
+            data.encode_row(tokenizer, problem, "3", mode="cot", ids=given, finish=finish)
+    with pytest.raises(ValueError, match="question and text are empty"):
+        data.encode_row(tokenizer, Problem("1", ""), "", mode="cot")
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ('{"question": "a\\ud800"}', "lone surrogate"),
+        ('{"question": "q", "answer": ' + "9" * 400 + "}", "expected a finite number"),
+        ('{"question": "q", "answer": ' + "9" * 5000 + "}", "not JSON"),
+        ('{"question": "q", "choices": ["x", "y"], "answer": "C"}', "a letter of its choices"),
+        (json.dumps({"question": "q", "choices": ["x"] * 11}), "11 choices"),
+    ],
+)
+def test_values_that_break_later_are_refused_when_read(tmp_path, row, message):
+    with pytest.raises(ValueError, match=f"p.jsonl:1: .*{message}"):
+        data.read_problems(str(write(tmp_path / "p.jsonl", row)))
+
+
+def test_the_same_row_number_of_two_splits_is_another_problem(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl", {"question": "How many?", "answer": "#### 1"})
+    a, b = (data.read_problems(f"gsm8k:{tmp_path}", split)[0].id for split in ("train", "test"))
+    assert a != b

@@ -86,6 +86,18 @@ def test_choose_never_draws_a_token_of_probability_zero():
         )
 
 
+def test_a_uniform_that_rounds_to_one_draws_a_token_that_is_left_in():
+    u = torch.tensor([1 - 2**-40], dtype=torch.float64)
+    assert choose(torch.arange(10.0, 0, -1)[None], u, 1.0, 1, 1.0).tolist() == [0]
+    assert choose(torch.arange(10.0, 0, -1)[None], u, 1e-40, 0, 1.0).tolist() == [0]
+
+
+def test_logits_that_are_not_finite_are_refused():
+    for temperature in (0, 1.0):
+        with pytest.raises(ValueError, match="not finite"):
+            choose(torch.tensor([[0.0, torch.nan]]), torch.zeros(1), temperature, 0, 1.0)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -76,7 +76,7 @@ def test_evaluation_writes_what_it_prints(tmp_path):
         (["--top-p", "2"], ["--top-p"]),
         (["--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
         (["--split", "trial"], ["trial", "validation"]),
-        (["--max-new-tokens", "100000"], ["exceed the context"]),
+        (["--max-new-tokens", "100000"], ["problem 'toy-", "context of 512"]),
         (["--style", "haiku"], ["haiku", "boxed"]),
         (["--data", "questions.jsonl", "--evaluate"], ["problems with an answer"]),
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from minicot.config import TrainConfig, parse
 from minicot.model import ModelConfig, Transformer
@@ -145,20 +145,84 @@ def test_accumulated_micro_batches_give_the_big_batch(base, tmp_path):
     assert all(torch.allclose(one[name], three[name], atol=2e-5) for name in one)
 
 
-def test_a_run_is_never_replaced_unasked(base, tmp_path):
-    assert run_train(base, "out", "--steps", 1, cwd=tmp_path).returncode == 0
+def lines(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_is_never_replaced_unasked_nor_lost_by_a_failing_one(base, tmp_path):
+    assert run_train(base, "out", "--steps", 4, "--save-every", 3, cwd=tmp_path).returncode == 0
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
-    assert_one_line_error(
-        run_train(base, "out", "--steps", 1, cwd=tmp_path), "already holds a run", "--overwrite"
-    )
-    assert_one_line_error(run_train(base, "out", "--resume", "--lr", 1, cwd=tmp_path), "the same settings")
-    assert_one_line_error(
-        run_train(base, "out", "--overwrite", "--data", "gone.jsonl", cwd=tmp_path), "gone.jsonl"
-    )
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+    def refused(*argv, parts):
+        assert_one_line_error(run_train(base, "out", *argv, cwd=tmp_path), *parts)
+        assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+    refused(parts=["already holds a run", "--overwrite"])
+    refused("--resume", "--steps", 4, "--lr", 1, parts=["the same settings"])
+    refused("--resume", "--overwrite", parts=["both given"])
+    refused("--overwrite", "--data", "gone.jsonl", parts=["gone.jsonl"])
+    refused("--overwrite", "--init", "out", parts=["an input of this run"])
+    # a run that fails in its first step: what it was to replace stands beside
+    done = run_train(base, "out", "--overwrite", "--lr", "1e30", "--clip", 0, "--warmup", 0, cwd=tmp_path)
+    assert_one_line_error(done, "step ")
+    assert (tmp_path / "out.old" / "model.safetensors").read_bytes() == before
+    assert run_train(base, "out", "--overwrite", cwd=tmp_path).returncode == 0
+    assert not (tmp_path / "out.old").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     assert_one_line_error(run_train(base, "mine", "--overwrite", cwd=tmp_path), "no run of ours")
+
+
+def test_a_broken_or_foreign_checkpoint_is_refused_by_name(base, tmp_path):
+    def start(change):
+        run_train(base, "out", "--stop-at", 3, "--overwrite", cwd=tmp_path)
+        change(tmp_path / "out" / "checkpoint-3")
+        return run_train(base, "out", "--resume", cwd=tmp_path)
+
+    def edit(folder, change):
+        tensors = load_file(folder / "weights.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "weights.safetensors")
+
+    name = "model.embed_tokens.weight"
+    changes = {
+        "tensor model.embed_tokens.weight": lambda f: edit(
+            f, lambda t: t.update({name: t[name][:1].clone()})
+        ),
+        "other tensors than the model": lambda f: edit(f, lambda t: t.pop(name)),
+        "expected finite values": lambda f: edit(f, lambda t: t.update({name: t[name] * math.nan})),
+        "cannot be read": lambda f: (f / "optimizer.safetensors").write_bytes(b"123"),
+        "step is 3, the folder is checkpoint-99": lambda f: f.rename(f.with_name("checkpoint-99")),
+    }
+    for message, change in changes.items():
+        assert_one_line_error(start(change), message, "checkpoint-")
+
+
+def test_a_log_line_that_was_cut_off_is_left_out_when_resuming(base, tmp_path):
+    run_train(base, "out", "--stop-at", 3, cwd=tmp_path)
+    with open(tmp_path / "out" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    assert run_train(base, "out", "--resume", cwd=tmp_path).returncode == 0
+    assert [line["step"] for line in lines(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_with_other_data_is_refused(base, tmp_path):
+    rows = [{"question": f"What is {i}?", "solution": f"#### {i}"} for i in range(20)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run_train(base, "out", "--data", path, "--stop-at", 2, cwd=tmp_path).returncode == 0
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    assert_one_line_error(run_train(base, "out", "--data", path, "--resume", cwd=tmp_path), "data_digest")
+
+
+def test_held_out_problems_are_never_the_trained_ones(base, tmp_path):
+    rows = [{"question": f"What is {i}?", "solution": f"#### {i}"} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--data", tmp_path / "rows.jsonl", "--eval-split"]
+    done = run_train(base, "out", *argv, "test", cwd=tmp_path)
+    assert_one_line_error(done, "--eval-split", "20 held-out problems are among the trained", "train[900:]")
+    done = run_train(base, "out", *argv, "train[15:]", "--split", "train[:15]", cwd=tmp_path)
+    assert done.returncode == 0 and "NLL of 5 solutions of train[15:]" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -167,7 +231,12 @@ def test_a_run_is_never_replaced_unasked(base, tmp_path):
         (["--init", "nowhere"], ["nowhere"]),
         (["--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
         (["--data", "gsm8k:nowhere"], ["nowhere"]),
-        (["--batch-size", "0"], ["--batch-size"]),
+        (["--batch-size", "0"], ["--batch-size is 0; allowed: at least 1"]),
+        (["--lr", "inf"], ["--lr is inf"]),
+        (["--warmup", "nan"], ["--warmup is nan; allowed: at least 0 and at most 1"]),
+        (["--clip", "-1"], ["--clip is -1.0"]),
+        (["--peek", "-1"], ["--peek"]),
+        (["--limit", "-4"], ["--limit"]),
         (["--lr", "-1"], ["--lr"]),
         (["--lr", "fast"], ["--lr", "fast"]),
         (["--flag"], ["--flag"]),
