@@ -51,7 +51,8 @@ class TrainConfig(Flags):
     data: str = flag("toy", "toy | gsm8k:PATH | aqua:PATH | ecqa:PATH | ... | file.jsonl")
     split: str = flag("train", "split to train on; a slice is written train[:7000]")
     limit: int = flag(0, "use the first LIMIT problems (0 = all)", least=0)
-    mode: Literal["cot", "direct", "both"] = flag("cot", "target: worked solution, bare answer, or each once")
+    mode: Literal["cot", "direct", "both", "plain"] = flag("cot",
+        "taught: a worked solution, the bare answer, each once; plain = cot, but the question as it is")
     out: str = flag("runs/sft", "folder for the model, metrics.jsonl, loss.svg and checkpoints")
     epochs: float = flag(1.0, "passes over the data (ignored when --steps is given)", above=0, most=10**4)
     steps: int = flag(0, "optimizer steps (0 = as many as --epochs says)", least=0, most=10**7)
@@ -89,7 +90,8 @@ class SampleConfig(Flags):
     data: str = flag("toy", "toy | gsm8k:PATH | aqua:PATH | ecqa:PATH | ... | file.jsonl")
     split: str = flag("test", "split to sample; a slice is written test[:100]")
     limit: int = flag(0, "use the first LIMIT problems (0 = all; 5 when only showing)", least=0)
-    mode: Literal["cot", "direct"] = flag("cot", "ask for a worked solution or for the bare answer")
+    mode: Literal["cot", "direct", "plain"] = flag("cot",
+        "ask for a worked solution, for the bare answer, or the question as it is")
     style: str = flag("",
         "how the final answer is marked (default: the data set's own; see minicot/answers.py)")
     evaluate: bool = flag(False,
@@ -133,7 +135,7 @@ class AlignConfig(Flags):
     limit: int = flag(1000, "problems to sample (0 = all)", least=0)
     eval_split: str = flag("test", "held-out split, greedy accuracy before and after")
     eval_limit: int = flag(500, "problems of --eval-split", least=0)
-    mode: Literal["cot", "direct"] = flag("cot", "prompt of the responses")
+    mode: Literal["cot", "direct", "plain"] = flag("cot", "how the responses were asked for")
     style: str = flag("", "how the final answer is marked (default: the data set's own)")
     reference: bool = flag(True, "put the problem's own solution into its group")
     reference_in_positives: bool = flag(True,

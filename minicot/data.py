@@ -338,11 +338,11 @@ def convert(reader, row, number, source):
 
 def render(problem, mode):
     """Problem -> the user turn. Choices are lettered; the last line asks for a chain ("cot") or the bare
-    answer ("direct"). An empty question (a pretraining row) renders to nothing."""
+    answer ("direct"); "plain" adds no such line. An empty question (a pretraining row) renders to nothing."""
     if not problem.question:
         return ""
     choices = "".join(f"\n({LETTERS[i]}) {choice}" for i, choice in enumerate(problem.choices or []))
-    return problem.question + choices + {"cot": COT_PROMPT, "direct": DIRECT_PROMPT}[mode]
+    return problem.question + choices + {"cot": COT_PROMPT, "direct": DIRECT_PROMPT, "plain": ""}[mode]
 
 
 def prompt_text(tokenizer, problem, mode):
@@ -352,20 +352,20 @@ def prompt_text(tokenizer, problem, mode):
 
 
 def target(problem, mode):
-    """What SFT teaches: the worked solution ("cot") or the bare answer ("direct")."""
-    text = problem.solution if mode == "cot" else problem.answer
+    """What SFT teaches: the worked solution ("cot", "plain") or the bare answer ("direct")."""
+    text = problem.solution if mode != "direct" else problem.answer
     if text is None:
         raise ValueError(
-            f"problem {problem.id!r} has no {'solution' if mode == 'cot' else 'answer'}, "
+            f"problem {problem.id!r} has no {'solution' if mode != 'direct' else 'answer'}, "
             f"which training in mode {mode!r} needs"
         )
     return text
 
 
 def grade(problem, text, *, mode, style):
-    """(answer, correct) of a response: the marked answer ("cot") or all of it ("direct"); correct is None
-    without a gold answer. An answer that spells out a choice counts as its letter."""
-    answer = extract_answer(text, style) if mode == "cot" else text.strip() or None
+    """(answer, correct) of a response: the marked answer ("cot", "plain") or all of it ("direct"); correct is
+    None without a gold answer. An answer that spells out a choice counts as its letter."""
+    answer = extract_answer(text, style) if mode != "direct" else text.strip() or None
     if answer is not None and problem.choices:
         spelled = [choice.strip().lower() for choice in problem.choices]
         if answer.lower().rstrip(".") in spelled:

@@ -297,3 +297,11 @@ def test_the_same_row_number_of_two_splits_is_another_problem(tmp_path):
         write(tmp_path / f"{split}.jsonl", {"question": "How many?", "answer": "#### 1"})
     a, b = (data.read_problems(f"gsm8k:{tmp_path}", split)[0].id for split in ("train", "test"))
     assert a != b
+
+
+def test_plain_mode_leaves_the_question_as_it_is():
+    problem = Problem("1", "What is the capital of France?", "Paris", solution="so\n#### Paris")
+    assert data.render(problem, "plain") == problem.question
+    assert data.target(problem, "plain") == problem.solution
+    assert data.render(problem, "cot") == problem.question + data.COT_PROMPT
+    assert data.grade(problem, "so\n#### Paris", mode="plain", style="hash") == ("Paris", True)
