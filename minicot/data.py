@@ -6,6 +6,7 @@
 Letters: N rows, B groups (problems), K the largest group of the batch, T tokens of the longest row.
 """
 
+import csv
 import hashlib
 import json
 import math
@@ -249,8 +250,12 @@ def aqua_row(row, number, stem):
 
 
 def ecqa_row(row, number, stem):
-    """Aggarwal et al. 2021: five choices, the index of the right one, a free-flow explanation (train
-    only)."""
+    """Aggarwal et al. 2021, cqa_data_<split>.csv: a question, five options, the right one's text, a free-flow
+    explanation (taskB). Or {id, question, choices, answer: index, explanation?} as JSON lines."""
+    if "q_text" in row:
+        choices = [row[f"q_op{i}"] for i in range(1, 6)]
+        row = {"id": row["q_no"], "question": row["q_text"], "choices": choices,
+               "answer": choices.index(row["q_ans"]), "explanation": row["taskB"]}  # fmt: skip
     letter = dict(enumerate(LETTERS[: len(row["choices"])]))[row["answer"]]
     explanation = row.get("explanation")
     return {
@@ -263,8 +268,30 @@ def ecqa_row(row, number, stem):
 
 
 def arithmetic_row(row, number, stem):
-    """SVAMP, MultiArith, AddSub, SingleEq: a question and a number."""
+    """SVAMP.json (Patel et al. 2021): Body, Question, Answer. MultiArith.json, AddSub.json, SingleEq.json:
+    sQuestion, lSolutions. Or {id, question, answer} as JSON lines."""
+    if "Body" in row:
+        question = f"{row['Body'].strip()} {row['Question'].strip()}"
+        return {"id": row["ID"], "question": question, "answer": row["Answer"]}
+    if "sQuestion" in row:
+        answer = row["lSolutions"][0]
+        return {"id": f"{stem}-{row['iIndex']}", "question": row["sQuestion"].strip(), "answer": answer}
     return {"id": row["id"], "question": row["question"], "answer": row["answer"]}
+
+
+def read_rows(path):
+    """Yield (line or element number, object) of JSON lines, of a JSON array (.json) or of a table (.csv)."""
+    if path.suffix not in (".json", ".csv") or not path.is_file():
+        yield from read_jsonl(path)
+        return
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            found = json.load(file) if path.suffix == ".json" else list(csv.DictReader(file))
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise ValueError(f"{path}: not {path.suffix[1:].upper()} ({error})") from None
+    if not isinstance(found, list):
+        raise ValueError(f"{path}: holds a JSON {type(found).__name__}, expected an array")
+    yield from enumerate(found, 1)
 
 
 # name: (reader of a row, style of the final answer, file name of a split where it differs)
@@ -307,8 +334,11 @@ def read_problems(spec, split="train", *, limit=0):
         )
     elif name in KNOWN_SETS and path:
         reader, _, file_names = KNOWN_SETS[name]
-        source = Path(path) / f"{file_names.get(split, split)}.jsonl" if Path(path).is_dir() else Path(path)
-        rows = ((number, convert(reader, row, number, source)) for number, row in read_jsonl(source))
+        source, split = Path(path), file_names.get(split, split)
+        if source.is_dir():
+            table = source / f"cqa_data_{split}.csv"
+            source = table if table.is_file() else source / f"{split}.jsonl"
+        rows = ((number, convert(reader, row, number, source)) for number, row in read_rows(source))
     elif spec.endswith(".jsonl"):
         source = Path(spec)
         rows = read_jsonl(source)

@@ -305,3 +305,23 @@ def test_plain_mode_leaves_the_question_as_it_is():
     assert data.target(problem, "plain") == problem.solution
     assert data.render(problem, "cot") == problem.question + data.COT_PROMPT
     assert data.grade(problem, "so\n#### Paris", mode="plain", style="hash") == ("Paris", True)
+
+
+def test_sets_are_read_as_their_authors_publish_them(tmp_path):
+    svamp = [{"ID": "chal-1", "Body": "Each pack costs 76 dollars.", "Question": "How much?", "Answer": 51.0}]
+    (tmp_path / "SVAMP.json").write_text(json.dumps(svamp))
+    (problem,) = data.read_problems(f"svamp:{tmp_path / 'SVAMP.json'}")
+    assert (problem.question, problem.answer) == ("Each pack costs 76 dollars. How much?", "51.0")
+    addsub = [{"iIndex": 3, "sQuestion": " Q? ", "lSolutions": [43.0]}]
+    (tmp_path / "AddSub.json").write_text(json.dumps(addsub))
+    assert data.read_problems(f"addsub:{tmp_path / 'AddSub.json'}") == [Problem("AddSub-3", "Q?", "43.0")]
+    (tmp_path / "cqa_data_val.csv").write_text(
+        "q_no,q_concept,q_text,q_op1,q_op2,q_op3,q_op4,q_op5,q_ans,taskA_pos,taskA_neg,taskB\n"
+        '7,c,"Where, then?",a,b,c,d,e,b,x,y,"Because, so."\n'
+    )
+    (problem,) = data.read_problems(f"ecqa:{tmp_path}", "validation")
+    solution = "Because, so.\nThe answer is (B)."
+    assert problem == Problem("7", "Where, then?", "B", solution, choices=list("abcde"))
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match="bad.json: holds a JSON dict, expected an array"):
+        data.read_problems(f"svamp:{tmp_path / 'bad.json'}")
