@@ -88,6 +88,13 @@ def test_a_cell_runs_again_only_when_its_commands_or_inputs_change(tmp_path, cap
         run(1e-5)  # a failed cell is not done
 
 
+def test_the_slim_results_give_the_same_claims_and_keep_only_what_claims_need():
+    full = results()
+    small = aft.slim(full["cells"])
+    assert aft.judge_all(small) == full["claims"]
+    assert "reference_nlls" not in small[0]["metrics"] and "a_held_pairs" in small[0]["metrics"]  # vft
+
+
 def test_figures_are_drawn(tmp_path):
     plots.differences(
         [("a", 0.1, 0.05, 0.2), ("b", -0.1, -0.3, 0.1)], "accuracy over VFT", tmp_path / "d.svg"

@@ -151,11 +151,17 @@ class Recipe:
             ]  # right/wrong: the same responses, grades left out
             write_jsonl(out / plain, map(samples_to_row, rows))
 
+    def cell_folder(self, name, seed, lr=None, margin=None, *switches):
+        """Where a cell lives; cells of the same settings (as with "aft-none@twin") share it."""
+        if name == "vft":
+            return self.folder("vft", seed)
+        label = f"{name.partition('@')[0]}-lr{lr:g}" + ("" if margin is None else f"-margin{margin:g}")
+        return self.folder("".join([label, *switches]), seed)
+
     def align(self, name, seed, lr, margin, *switches):
         """Align the VFT model as a name such as "rank-aft-boundary" says -> the folder of the cell."""
         s, vft = self.sizes, self.folder("vft", seed)
-        label = f"{name.partition('@')[0]}-lr{lr:g}" + ("" if margin is None else f"-margin{margin:g}")
-        folder = self.folder("".join([label, *switches]), seed)
+        folder = self.cell_folder(name, seed, lr, margin, *switches)
         method, _, constraint = name.partition("@")[0].removeprefix("rank-").partition("-")
         samples = vft / ("graded.jsonl" if name.startswith("rank-") else "samples.jsonl")
         every_mixed_question = dict(pair_low=0.001, pair_high=0.999) if method == "dpo" else {}
@@ -259,11 +265,9 @@ class Recipe:
             }
         return found
 
-    def scores(self, name):
-        """(scores of right, scores of wrong responses) of the first seed's held-out pool: for the
-        histograms."""
-        folder = self.folder(name, 0) / "model"
-        tokenizer, model = Tokenizer(folder), load_model(folder, dtype=torch.float32)
+    def scores(self, folder):
+        """(scores of right, scores of wrong responses) of the first seed's held-out pool by a cell's model."""
+        model, tokenizer = load_model(folder / "model", dtype=torch.float32), Tokenizer(folder / "model")
         samples = read_samples(self.folder("vft", 0) / "pool.jsonl")
         groups, _ = make_groups(tokenizer, samples, mode="cot", max_length=10**6, reference=False)
         found = {True: [], False: []}
@@ -361,18 +365,23 @@ def draw(results, recipe, out):
         if name != "vft"
     ]
     plots.differences(rows, "greedy accuracy over VFT", out / f"{recipe.root.name}_aft_differences.svg")
-    logs = {
-        name: (recipe.folder(name, 0) / "model" / "metrics.jsonl").read_text().splitlines()
-        for name in ("aft-none@twin", "aft-detached", "aft-boundary")
-    }
-    plots.scores_over_training(
-        {name: list(map(json.loads, log)) for name, log in logs.items()},
-        out / f"{recipe.root.name}_aft_collapse.svg",
-    )
-    plots.score_histograms(
-        {name: recipe.scores(name) for name in ("vft", "aft-boundary")},
-        out / f"{recipe.root.name}_aft_misalignment.svg",
-    )
+    first = {cell["name"]: recipe.cell_folder(cell["name"], 0, *cell["settings"].values())
+             for cell in cells if cell["seed"] == 0}
+    logs = {name: (first[name] / "model" / "metrics.jsonl").read_text().splitlines()
+            for name in ("aft-none@twin", "aft-detached", "aft-boundary")}
+    plots.scores_over_training({name: list(map(json.loads, log)) for name, log in logs.items()},
+                               out / f"{recipe.root.name}_aft_collapse.svg")
+    plots.score_histograms({name: recipe.scores(first[name]) for name in ("vft", "aft-boundary")},
+                           out / f"{recipe.root.name}_aft_misalignment.svg")
+
+
+def slim(cells):
+    """Cells without the numbers of single problems that no claim needs, to keep the results file small."""
+    kept = {(claim[side], claim["metric"]) for claim in CLAIMS for side in ("ours", "other")}
+    lists = {"a_held_pairs": "a_held", "reference_nlls": "reference_nll"}
+    needed = lambda name, key: key not in lists or (name, lists[key]) in kept
+    return [{**cell, "metrics": {k: v for k, v in cell["metrics"].items() if needed(cell["name"], k)}}
+            for cell in cells]  # fmt: skip
 
 
 def main(argv=None):
@@ -445,9 +454,9 @@ def main(argv=None):
         else f"CPU, {args.jobs} jobs of one thread",
         "sizes": asdict(sizes),
         "claims": judge_all(cells),
-        "cells": cells,
+        "cells": slim(cells),
         "grid": grid,
-        "ablations_one_seed": ablations,
+        "ablations_one_seed": slim(ablations),
     }
     out = recipe.root / "results" if args.fast else RESULTS
     out.mkdir(parents=True, exist_ok=True)
