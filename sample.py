@@ -23,8 +23,9 @@ from tqdm import tqdm
 from minicot.config import SampleConfig, check, run
 from minicot.data import Problem, default_length, read_problems, read_samples, samples_to_row, style_of
 from minicot.metrics import accuracy, degeneration, majority_accuracy, pass_at_k
-from minicot.sampling import sample_groups, step_reward
+from minicot.sampling import sample_groups
 from minicot.tokenizer import Tokenizer
+from minicot.toy import problems as toy
 from minicot.training import pick_device, resolve, train_first, write_json
 from minicot.weights import load_model, read_json
 
@@ -33,6 +34,11 @@ def find_model(folder):
     """--model, or what the step before left under runs/; without one, train.py is run first."""
     aligned = Path("runs/aft/model.safetensors").is_file()
     return resolve(folder or ("runs/aft" if aligned else train_first()))
+
+
+def step_grade(problem, text):
+    """The step oracle's grade in [0, 1]: ranking feedback, as in the AFT paper's GSM8K-RANK."""
+    return toy.grade(problem.id, text)
 
 
 def show(samples):
@@ -162,7 +168,7 @@ def main(config):
     settings = dict(mode=config.mode, style=config.style or style_of(config.data), top_k=config.top_k,
                     top_p=config.top_p, seed=config.seed, batch_size=config.batch_size,
                     max_new_tokens=config.max_new_tokens or default_length(config.data),
-                    reward=step_reward if config.reward == "steps" else None)
+                    reward=step_grade if config.reward == "steps" else None)
 
     def groups(problems, n=config.n, temperature=config.temperature):
         return sample_groups(model, tokenizer, problems, n=n, temperature=temperature, **settings)

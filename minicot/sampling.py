@@ -11,7 +11,6 @@ import torch
 
 from minicot.data import Response, Samples, grade, prompt_text, seed_of
 from minicot.model import KVCache
-from minicot.toy import problems as toy
 
 
 def filter_logits(logits, top_k, top_p):
@@ -113,12 +112,6 @@ def generate(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_k=0, t
             tokens, live = tokens[keep], live[keep.cpu()]
         logits = model.head(model.hidden_states(model.embed(tokens[:, None]), cache=cache))[:, -1]
     return [responses[b * n : (b + 1) * n] for b in range(B)]
-
-
-def step_reward(problem, text):
-    """The toy step oracle's grade of a response in [0, 1]: the ranking feedback of the AFT paper's
-    GSM8K-RANK."""
-    return toy.grade(problem.id, text)
 
 
 def sample_groups(

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "toy": {"answers"},
     "data": {"tokenizer", "answers", "toy"},
     "scoring": {"model", "losses", "data"},
-    "sampling": {"model", "tokenizer", "answers", "data", "toy"},
+    "sampling": {"model", "tokenizer", "answers", "data"},
     "metrics": {"answers"},
     "training": {"weights"},
 }

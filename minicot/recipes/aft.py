@@ -266,7 +266,7 @@ class Recipe:
         return found
 
     def scores(self, folder):
-        """(scores of right, scores of wrong responses) of the first seed's held-out pool by a cell's model."""
+        """(scores of right, scores of wrong responses) of the first seed's held-out pool by a model."""
         model, tokenizer = load_model(folder / "model", dtype=torch.float32), Tokenizer(folder / "model")
         samples = read_samples(self.folder("vft", 0) / "pool.jsonl")
         groups, _ = make_groups(tokenizer, samples, mode="cot", max_length=10**6, reference=False)
