@@ -271,3 +271,17 @@ def test_a_script_started_as_a_process_ends_in_one_line_and_code_2(tmp_path):
         text=True,
     )
     assert_one_line_error(done, "gone.jsonl", "no such file")
+
+
+def test_peek_shows_the_trained_tokens_in_green_behind_the_prompt(base, tmp_path):
+    done = run_train(base, "out", "--peek", 1, "--steps", 1, cwd=tmp_path)
+    prompt, trained = done.stdout.split("\033[90m")[1].split("\033[0m|\033[32m")
+    assert prompt.startswith("<|user|>|") and prompt.endswith("<|assistant|>")
+    assert "####" in trained and "<|end|>\033[0m" in trained and "####" not in prompt
+
+
+def test_bfloat16_autocast_stays_near_float32(base, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        assert run_train(base, dtype, "--dtype", dtype, cwd=tmp_path).returncode == 0
+    a, b = ([line["loss"] for line in lines(tmp_path / dtype)] for dtype in ("float32", "bfloat16"))
+    assert a != b and a == pytest.approx(b, rel=1e-2)
