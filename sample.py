@@ -3,7 +3,7 @@
     python sample.py                                            # worked solutions of held-out toy problems
     python sample.py "Tom has 3 apples. Ana has 4 more apples than Tom. How many apples does Ana have?"
     python sample.py --model runs/sft --split train --n 8 --out runs/samples.jsonl    # K = 8; may be resumed
-    python sample.py --model runs/sft --evaluate --n 8             # accuracy, majority@8, pass@k 
+    python sample.py --model runs/sft --evaluate --n 8             # accuracy, majority@8, pass@k
 """
 
 import os
