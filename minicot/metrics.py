@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .answers import is_correct, majority_vote
+from minicot.answers import is_correct, majority_vote
 
 Z95 = 1.959963984540054                                 # 97.5 % quantile of the normal distribution
 

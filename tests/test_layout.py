@@ -45,6 +45,7 @@ def imported(path):
     """Names of minicot modules that a file imports."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "minicot":
             found |= (
                 {node.module.split(".")[1]} if "." in node.module else {alias.name for alias in node.names}
