@@ -326,12 +326,8 @@ def read_problems(spec, split="train", *, limit=0):
         if split not in TOY_SIZES:
             raise ValueError(f"split is {split!r}; allowed for toy: {', '.join(TOY_SIZES)}")
         source = f"toy {split}"
-        rows = enumerate(
-            toy.rows(
-                split, min(limit, TOY_SIZES[split]) if limit and not start and not stop else TOY_SIZES[split]
-            ),
-            1,
-        )
+        whole = start is not None or stop is not None or not limit
+        rows = enumerate(toy.rows(split, TOY_SIZES[split] if whole else min(limit, TOY_SIZES[split])), 1)
     elif name in KNOWN_SETS and path:
         reader, _, file_names = KNOWN_SETS[name]
         source, split = Path(path), file_names.get(split, split)
@@ -617,7 +613,7 @@ def pairs(samples, *, max_pairs=3, window=(0.25, 0.85), seed):
             for chosen in unlike
             if chosen.correct
             for rejected in unlike
-            if not rejected.correct
+            if rejected.correct is False
         ]
         rng = np.random.default_rng(seed_of(seed, group.problem.id))
         for i in rng.permutation(len(couples))[:max_pairs]:

@@ -225,6 +225,8 @@ def test_pairs_are_right_against_wrong_within_the_window_and_at_most_three():
     assert len({(s.responses[0].text, s.responses[1].text) for s in found}) == 3
     assert found == data.pairs(samples, seed=1)
     assert {s.problem.id for s in data.pairs(samples, seed=1, window=(0, 1))} == {"mixed", "rare"}
+    ungraded = Samples(Problem("u", "q"), [Response("a", True), Response("b"), Response("c", False)])
+    assert [[r.text for r in s.responses] for s in data.pairs([ungraded], seed=0)] == [["a", "c"]]
 
 
 def test_groups_count_duplicates_empties_and_pairless_ones(tokenizer):
