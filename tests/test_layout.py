@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minicot"
 SCRIPTS = ("train.py", "sample.py", "align.py")
 
-# module -> modules of the package that it may import (the right column of the table in the README)
+# module -> modules of the package that it may import (a mechanism knows the ones below it, never the reverse)
 MAY_IMPORT = {
     "config": set(),
     "losses": set(),
