@@ -1,8 +1,8 @@
 """AFT, "Making Large Language Models Better Reasoners with Alignment" (arXiv 2309.02144): toy world or real
 sets.
 
-    python -m minicot.recipes.aft                    # toy world, 3 seeds, under two hours on two CPU cores
-    python -m minicot.recipes.aft --fast             # a tenth of the work, one seed, about ten minutes
+    python -m minicot.recipes.aft                    # toy world, 3 seeds, hours on two CPU cores
+    python -m minicot.recipes.aft --fast             # a small part of the work, one seed
     python -m minicot.recipes.aft --data gsm8k:PATH --init SmolLM2-135M --device cuda --seeds 2
 
 The path (paper, section 4): base -> VFT (fine-tuning on solutions) -> K samples a training question, graded
@@ -58,16 +58,16 @@ RANKED = ("rank-rrhf-none", "rank-pro-none", *(f"rank-aft-{c}" for c in CONSTRAI
 
 @dataclass(frozen=True)
 class Sizes:
-    problems: int = 600  # training questions that are sampled and aligned on
+    problems: int = 2000  # training questions that are sampled and aligned on
     k: int = 8  # responses a question
     epochs: float = 1.0
-    batch_size: int = 8  # questions a step
-    validation: int = 300  # problems that choose a setting
+    batch_size: int = 16  # questions a step
+    validation: int = 1000  # problems that choose a setting
     test: int = 1000  # problems of the table
     pool: int = 200  # held-out questions of A-accuracy and of the reference NLL
     votes: int = 8  # samples of majority@k on the test problems
-    lrs: tuple = (3e-5, 1e-4, 3e-4)
-    margins: tuple = (0.05, 0.3)
+    lrs: tuple = (1e-4, 3e-4)
+    margins: tuple = (0.1,)
     seeds: int = 3
 
 
@@ -393,7 +393,7 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--problems", type=int, help="training questions")
     parser.add_argument("--samples-per", type=int, help="K, responses a question")
-    parser.add_argument("--fast", action="store_true", help="a tenth of the work; never written to results/")
+    parser.add_argument("--fast", action="store_true", help="a small part of the work; never written to results/")
     parser.add_argument("--fresh", action="store_true", help="run every cell again")
     parser.add_argument("--jobs", type=int, default=2, help="cells at once (CPU: one thread each)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
