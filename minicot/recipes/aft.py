@@ -393,7 +393,7 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--problems", type=int, help="training questions")
     parser.add_argument("--samples-per", type=int, help="K, responses a question")
-    parser.add_argument("--fast", action="store_true", help="a small part of the work; never written to results/")
+    parser.add_argument("--fast", action="store_true", help="a small part of the work; no results file")
     parser.add_argument("--fresh", action="store_true", help="run every cell again")
     parser.add_argument("--jobs", type=int, default=2, help="cells at once (CPU: one thread each)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
