@@ -12,7 +12,6 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep, not spin
 
-import hashlib
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +34,8 @@ from minicot.scoring import score
 from minicot.tokenizer import Tokenizer
 from minicot.training import (Log, check_out, clip_gradients, close_run, digest_of, load_checkpoint, lr_at,
                               make_optimizer, open_run, pick_device, refuse_non_finite, resolve,
-                              save_checkpoint, train_first, write_json, write_jsonl)
+                              save_checkpoint, train_first, weights_digest, write_json,
+                              write_jsonl)
 from minicot.weights import load_model, save_model
 
 
@@ -116,19 +116,11 @@ def sft_term(logps, batch, method, weight, n_tokens, n_groups):
 
 # ---- reference log-probabilities: computed once, kept --------------------------------------------
 
-def fingerprint(folder, tokenizer, groups):
-    """Hex hash of what reference log-probabilities depend on: weights, tokenizer and every row's ids."""
-    digest = hashlib.sha256(digest_of(tokenizer, groups).encode())
-    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
 @torch.no_grad()
 def reference_logps(path, folder, tokenizer, groups, config, device):
     """Summed log-probabilities under the reference model, a tensor (responses,) a group. Read from `path`
     where it holds those of the same weights, tokenizer and rows; refused where of others; else computed."""
-    key = fingerprint(folder, tokenizer, groups)
+    key = weights_digest(folder) + digest_of(tokenizer, groups)
     if path.is_file():
         try:
             with safe_open(path, "pt") as file:
@@ -247,6 +239,10 @@ def main(config):
           f"samples of this tokenizer, with ids below {vocabulary}")
     if config.peek:
         peek(tokenizer, groups[:config.peek])
+    n_groups = config.steps * config.batch_size or int(config.epochs * len(groups))
+    check(n_groups > 0, "--epochs", config.epochs, f"enough for one of the {len(groups)} groups")
+    batches = schedule([max(len(row.ids) for row in group) for group in groups], config.batch_size, n_groups,
+                       seed_of(config.seed, "order"))
 
     out = open_run(config, digest_of(tokenizer, groups), inputs)
     if not config.samples:
@@ -255,10 +251,6 @@ def main(config):
     if method.needs_ref:
         path = Path(config.ref_logps or out / "ref_logps.safetensors")
         ref = reference_logps(path, resolve(config.ref or folder), tokenizer, groups, config, device)
-    n_groups = config.steps * config.batch_size or int(config.epochs * len(groups))
-    check(n_groups > 0, "--epochs", config.epochs, f"enough for one of the {len(groups)} groups")
-    batches = schedule([max(len(row.ids) for row in group) for group in groups], config.batch_size, n_groups,
-                       seed_of(config.seed, "order"))
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     first = load_checkpoint(out, model, optimizer) if config.resume else 0
     log = Log(out / "metrics.jsonl", first)

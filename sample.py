@@ -11,7 +11,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep, not spin
 
 import dataclasses
-import hashlib
 import json
 import sys
 import time
@@ -26,7 +25,7 @@ from minicot.metrics import accuracy, degeneration, majority_accuracy, pass_at_k
 from minicot.sampling import sample_groups
 from minicot.tokenizer import Tokenizer
 from minicot.toy import problems as toy
-from minicot.training import pick_device, resolve, train_first, write_json
+from minicot.training import pick_device, resolve, train_first, weights_digest, write_json
 from minicot.weights import load_model, read_json
 
 
@@ -91,16 +90,6 @@ def drop_unfinished_line(path):
     if not data.endswith(b"\n"):
         with open(path, "r+b") as file:
             file.truncate(data.rfind(b"\n") + 1)
-
-
-def fingerprint(folder):
-    """Hex hash of a model folder's weights."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------
@@ -178,7 +167,7 @@ def main(config):
     elif config.out:
         free = ("out", "overwrite", "limit", "batch_size")          # may change when sampling goes on
         kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
-        kept |= {"model": str(folder), "weights": fingerprint(folder), "tokenizer": tokenizer.fingerprint}
+        kept |= {"model": str(folder), "weights": weights_digest(folder), "tokenizer": tokenizer.fingerprint}
         written = write_samples(config.out, groups, problems, kept, config.overwrite)
         graded = [r.correct for samples in written for r in samples.responses if r.correct is not None]
         share = f", {sum(graded) / len(graded):.1%} of them right" if graded else ""

@@ -100,6 +100,16 @@ def digest_of(tokenizer, groups):
     return digest.hexdigest()
 
 
+def weights_digest(folder):
+    """Hex hash of a model folder: its config.json and its safetensors files."""
+    digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
 def check_out(config, inputs=()):
     """Refuse an --out that may not be written, before any work: an existing run needs --resume or
     --overwrite, and what --overwrite replaces must not hold one of `inputs`."""
