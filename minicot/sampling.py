@@ -40,10 +40,10 @@ def choose(logits, uniforms, temperature, top_k, top_p):
         return likeliest
     logits = filter_logits((logits - largest[:, None]) / temperature, top_k, top_p)
     cumulative = logits.softmax(-1).cumsum(-1)
-    total = cumulative[:, -1:].contiguous()
-    drawn = torch.searchsorted(cumulative, uniforms.to(cumulative)[:, None] * total, right=True)
-    last = torch.searchsorted(cumulative, total)  # of the tokens that are not left out: u may round up to 1
-    return torch.minimum(drawn, last)[:, 0]
+    total = cumulative[:, -1:]
+    u = uniforms.to(cumulative)[:, None] * total
+    u = torch.minimum(u, total.nextafter(torch.zeros_like(total)))  # u may have rounded up to the total
+    return torch.searchsorted(cumulative, u, right=True)[:, 0]
 
 
 @torch.no_grad()
