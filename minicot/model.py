@@ -12,6 +12,7 @@ Letters:
     S  keys: cached + new          G  query heads a kv head     V  vocab_size
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -146,12 +147,13 @@ def attention_mask(attention, real: torch.Tensor | None, T: int, S: int, device)
     """What each of T queries, the last of S positions, may look at: bool broadcastable to (N,1,T,S), or None.
 
     None stands for plain causal attention with nothing to hide (the fused kernels' fast way). `attention`:
-    None (causal), a bool mask, or a BlockMask, which is passed on and has to know about padding itself.
+    None (causal), a bool mask, or a BlockMask or a callable (q, k, v) -> what `attend` returns: these two are
+    passed on and have to know about padding themselves.
     `real` (N,S), if given, hides padding keys from everybody. A query that then sees nothing (it is padding
     itself) sees everything, lest softmax yield NaN; nobody sees it.
     """
     if attention is not None and not isinstance(attention, torch.Tensor):
-        assert real is None and T == S, "a BlockMask goes with neither pad_mask nor cache"
+        assert real is None and T == S, "a BlockMask or callable goes with neither pad_mask nor cache"
         return attention
     if attention is None:
         if real is None and T in (1, S):
@@ -163,6 +165,13 @@ def attention_mask(attention, real: torch.Tensor | None, T: int, S: int, device)
     return mask | ~mask.any(dim=-1, keepdim=True)
 
 
+@functools.cache
+def flex_attention(compiled: bool):
+    """PyTorch's FlexAttention; compiled, it is a fused kernel, else a slow check of the mask (CPU)."""
+    from torch.nn.attention import flex_attention as module
+    return torch.compile(module.flex_attention, dynamic=True) if compiled else module.flex_attention
+
+
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v for q (N,H,T,D) and k, v (N,K,S,D), -> (N,H,T,D).
 
@@ -171,9 +180,10 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask) -> torch.Ten
     """
     N, H, T, D = q.shape
     K, S = k.shape[1:3]
+    if callable(mask):
+        return mask(q, k, v)
     if mask is not None and not isinstance(mask, torch.Tensor):
-        from torch.nn.attention.flex_attention import flex_attention  # slow unless compiled
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=H != K)
+        return flex_attention(q.is_cuda)(q, k, v, block_mask=mask, enable_gqa=H != K)
     if T == 1:      # decoding: the G heads that share a kv head stand in as G queries, so no key is copied
         q = q.reshape(N, K, H // K, D)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(N, H, T, D)

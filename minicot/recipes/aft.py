@@ -47,7 +47,7 @@ from minicot.metrics import (
 from minicot.recipes.cells import command, from_hex, judge, run_cell, to_hex
 from minicot.scoring import score
 from minicot.tokenizer import Tokenizer
-from minicot.training import ROOT, write_json, write_jsonl
+from minicot.training import ROOT, weights_digest, write_json, write_jsonl
 from minicot.weights import load_model
 
 RUNS, RESULTS = Path("runs/aft"), ROOT / "minicot" / "recipes" / "results"
@@ -61,21 +61,25 @@ class Sizes:
     problems: int = 2000  # training questions that are sampled and aligned on
     k: int = 8  # responses a question
     epochs: float = 1.0
-    batch_size: int = 16  # questions a step
+    batch_size: int = 8  # questions a step
     validation: int = 1000  # problems that choose a setting
     test: int = 1000  # problems of the table
     pool: int = 200  # held-out questions of A-accuracy and of the reference NLL
     votes: int = 8  # samples of majority@k on the test problems
-    lrs: tuple = (1e-4, 3e-4)
+    lrs: tuple = (3e-5, 1e-4, 3e-4)
     margins: tuple = (0.1,)
     seeds: int = 3
+    other_margins: tuple = (0.0, 0.03, 0.3)  # ablations, at the first seed
+    other_ks: tuple = (2, 4)
 
 
 FAST = Sizes(
-    problems=120, k=6, validation=100, test=200, pool=60, votes=4, lrs=(1e-4,), margins=(0.3,), seeds=1
+    problems=120, k=6, validation=100, test=200, pool=60, votes=4, lrs=(1e-4,), margins=(0.3,), seeds=1,
+    other_margins=(0.1,), other_ks=(2,),
 )
 SLICE = Sizes(
-    problems=64, k=4, validation=64, test=64, pool=64, votes=1, lrs=(1e-5,), margins=(0.3,), seeds=1
+    problems=64, k=4, validation=64, test=64, pool=64, votes=1, lrs=(1e-5,), margins=(0.3,), seeds=1,
+    other_margins=(), other_ks=(),
 )
 
 # Written down before the run. The difference ours - other goes "up" or "down", is "level" (does not lie below
@@ -150,20 +154,26 @@ class Recipe:
                 for group in read_samples(out / graded)
             ]  # right/wrong: the same responses, grades left out
             write_jsonl(out / plain, map(samples_to_row, rows))
+            for k in s.other_ks if plain == "samples.jsonl" else ():
+                first = [replace(group, responses=group.responses[:k]) for group in rows]
+                write_jsonl(out / f"samples_k{k}.jsonl", map(samples_to_row, first))
 
-    def cell_folder(self, name, seed, lr=None, margin=None, *switches):
+    def cell_folder(self, name, seed, lr=None, margin=None, *switches, k=None):
         """Where a cell lives; cells of the same settings (as with "aft-none@twin") share it."""
         if name == "vft":
             return self.folder("vft", seed)
         label = f"{name.partition('@')[0]}-lr{lr:g}" + ("" if margin is None else f"-margin{margin:g}")
+        label += f"-k{k}" if k else ""
         return self.folder("".join([label, *switches]), seed)
 
-    def align(self, name, seed, lr, margin, *switches):
-        """Align the VFT model as a name such as "rank-aft-boundary" says -> the folder of the cell."""
+    def align(self, name, seed, lr, margin, *switches, k=None):
+        """Align the VFT model as a name such as "rank-aft-boundary" says (k: on a question's first k
+        responses) -> the folder of the cell."""
         s, vft = self.sizes, self.folder("vft", seed)
-        folder = self.cell_folder(name, seed, lr, margin, *switches)
+        folder = self.cell_folder(name, seed, lr, margin, *switches, k=k)
         method, _, constraint = name.partition("@")[0].removeprefix("rank-").partition("-")
         samples = vft / ("graded.jsonl" if name.startswith("rank-") else "samples.jsonl")
+        samples = vft / f"samples_k{k}.jsonl" if k else samples
         every_mixed_question = dict(pair_low=0.001, pair_high=0.999) if method == "dpo" else {}
         words = command(
             "align.py", "--overwrite", *switches, method=method, constraint=constraint or "none", lr=lr,
@@ -191,9 +201,10 @@ class Recipe:
         kept = {key: round(found["metrics"][key], 4) for key in keys}
         return {"name": name, "lr": lr, "margin": margin, **kept}
 
-    def cell(self, name, seed, lr=None, margin=None, *switches):
+    def cell(self, name, seed, lr=None, margin=None, *switches, k=None):
         """One method at one seed: aligned, evaluated on the test problems, assessed -> its row."""
-        folder = self.folder("vft", seed) if name == "vft" else self.align(name, seed, lr, margin, *switches)
+        vft = name == "vft"
+        folder = self.folder("vft", seed) if vft else self.align(name, seed, lr, margin, *switches, k=k)
         results = self.evaluate(folder, "test", self.args.test_split, self.sizes.test, self.sizes.votes, seed)
         return {
             "name": name,
@@ -203,8 +214,21 @@ class Recipe:
             "correct": to_hex(results["correct"]),
         }
 
+    def ablation(self, label, name, settings, switches=(), k=None):
+        """A cell at the first seed that differs from `name`'s in one thing, which `label` says."""
+        return {**self.cell(name, 0, *settings, *switches, k=k), "name": f"{name}, {label}"}
+
     @torch.no_grad()
     def assess(self, model_folder, seed):
+        """`_assess`, kept in the cell's assessed.json as long as the weights stay the same."""
+        kept, key = model_folder.parent / "assessed.json", weights_digest(model_folder)
+        if kept.is_file() and (found := json.loads(kept.read_text()))["weights"] == key:
+            return found["metrics"]
+        metrics = self._assess(model_folder, seed)
+        write_json(kept, {"weights": key, "metrics": metrics})
+        return metrics
+
+    def _assess(self, model_folder, seed):
         """Of a model, on the VFT model's own samples of training and of held-out questions: A-accuracy (a
         problem's right pairs and pairs), reranking by own score, perplexity of right and of wrong responses;
         NLL of reference solutions."""
@@ -384,6 +408,15 @@ def slim(cells):
             for cell in cells]  # fmt: skip
 
 
+def ablation_jobs(sizes, chosen):
+    """One seed each: the boundary's margin, K, and the reference solution kept out of the ranking."""
+    jobs = [(f"margin {m:g}", "aft-boundary", (chosen["aft-boundary"][0], m)) for m in sizes.other_margins]
+    for name in ("aft-detached", "aft-boundary"):
+        jobs += [(f"K = {k}", name, chosen[name], (), k) for k in sizes.other_ks]
+        jobs.append(("reference not ranked", name, chosen[name], ("--no-reference-in-positives",)))
+    return jobs
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -437,11 +470,7 @@ def main(argv=None):
                 ],
             )
         )
-        unranked = [
-            (f"{m}@reference-not-ranked", 0, *chosen[m], "--no-reference-in-positives")
-            for m in ("aft-detached", "aft-boundary")
-        ]
-        ablations = list(pool.map(lambda job: recipe.cell(*job), unranked))
+        ablations = list(pool.map(lambda job: recipe.ablation(*job), ablation_jobs(sizes, chosen)))
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
