@@ -78,9 +78,9 @@ FAST = Sizes(
     other_margins=(0.1,), other_ks=(2,),
 )
 SLICE = Sizes(
-    problems=64, k=4, validation=64, test=64, pool=64, votes=1, lrs=(1e-5,), margins=(0.3,), seeds=1,
-    other_margins=(), other_ks=(),
-)
+    problems=32, k=4, batch_size=4, validation=64, test=64, pool=64, votes=1, lrs=(1e-5,), margins=(0.3,),
+    seeds=1, other_margins=(), other_ks=(),
+)  # of a real set on a CPU: every path once
 
 # Written down before the run. The difference ours - other goes "up" or "down", is "level" (does not lie below
 # minus 2 points), or ours alone is "below X".
@@ -124,7 +124,7 @@ class Recipe:
     def __init__(self, args, sizes):
         self.args, self.sizes, self.toy = args, sizes, args.data == "toy"
         self.root = RUNS / (args.data.split(":")[0] + ("-fast" if args.fast else ""))
-        self.cuda = {"device": args.device, "dtype": "bfloat16" if args.device == "cuda" else None}
+        self.machine = {"device": args.device, "dtype": None if args.dtype == "float32" else args.dtype}
 
     def folder(self, name, seed):
         return self.root / f"{name.replace('@', '-at-')}-s{seed}"
@@ -136,7 +136,7 @@ class Recipe:
         """Fine-tune the base model; sample the training questions and a held-out pool from it."""
         s, a, out = self.sizes, self.args, self.folder("vft", seed)
         train = command("train.py", "--overwrite", data=a.data, init=a.init, split=a.train_split, seed=seed,
-                        out=out / "model", **self.cuda)  # fmt: skip
+                        out=out / "model", **self.machine)  # fmt: skip
         files = (
             ("graded.jsonl", a.train_split, s.problems),
             ("graded_pool.jsonl", a.validation_split, s.pool),
@@ -144,7 +144,7 @@ class Recipe:
         pools = [
             command("sample.py", "--overwrite", data=a.data, model=out / "model", split=split, limit=limit,
                     n=s.k, seed=seed, out=out / file, batch_size=256,
-                    reward="steps" if self.toy else None, **self.cuda)
+                    reward="steps" if self.toy else None, **self.machine)
             for file, split, limit in files
         ]  # fmt: skip
         self.run(out, [train + a.train_flags.split(), *pools])
@@ -174,11 +174,11 @@ class Recipe:
         method, _, constraint = name.partition("@")[0].removeprefix("rank-").partition("-")
         samples = vft / ("graded.jsonl" if name.startswith("rank-") else "samples.jsonl")
         samples = vft / f"samples_k{k}.jsonl" if k else samples
-        every_mixed_question = dict(pair_low=0.001, pair_high=0.999) if method == "dpo" else {}
+        every_mixed = dict(pair_low=0.001, pair_high=0.999) if method == "dpo" else {}
         words = command(
             "align.py", "--overwrite", *switches, method=method, constraint=constraint or "none", lr=lr,
             margin=margin, init=vft / "model", samples=samples, epochs=s.epochs, batch_size=s.batch_size,
-            seed=seed, probe_every=0, save_every=0, out=folder / "model", **self.cuda, **every_mixed_question,
+            seed=seed, probe_every=0, save_every=0, out=folder / "model", **self.machine, **every_mixed,
         )  # fmt: skip
         self.run(folder, [words], [samples, vft / "model" / "model.safetensors"])
         return folder
@@ -188,7 +188,7 @@ class Recipe:
         model, out = folder / "model", folder / name / "results.json"
         words = command(
             "sample.py", "--evaluate", data=self.args.data, model=model, split=split, limit=limit, n=n,
-            seed=seed, batch_size=256, out=out, device=self.args.device,
+            seed=seed, batch_size=256, out=out, **self.machine,
         )  # fmt: skip
         self.run(folder / name, [words], [model / "model.safetensors"])
         return json.loads(out.read_text())
@@ -220,28 +220,29 @@ class Recipe:
 
     @torch.no_grad()
     def assess(self, model_folder, seed):
-        """`_assess`, kept in the cell's assessed.json as long as the weights stay the same."""
+        """`measure`, kept in the cell's assessed.json as long as the weights stay the same."""
         kept, key = model_folder.parent / "assessed.json", weights_digest(model_folder)
         if kept.is_file() and (found := json.loads(kept.read_text()))["weights"] == key:
             return found["metrics"]
-        metrics = self._assess(model_folder, seed)
+        metrics = self.measure(model_folder, seed)
         write_json(kept, {"weights": key, "metrics": metrics})
         return metrics
 
-    def _assess(self, model_folder, seed):
+    def measure(self, model_folder, seed):
         """Of a model, on the VFT model's own samples of training and of held-out questions: A-accuracy (a
         problem's right pairs and pairs), reranking by own score, perplexity of right and of wrong responses;
-        NLL of reference solutions."""
+        NLL of reference solutions. A weak model's samples hold few right ones: on real sets the reference
+        solution is one of a question's right responses."""
         tokenizer = Tokenizer(model_folder)
         model = load_model(model_folder, dtype=torch.float32, device=self.args.device)
-        found, context = {}, model.config.max_position_embeddings
+        found, context, with_reference = {}, model.config.max_position_embeddings, not self.toy
         for name, file in (("train", "samples.jsonl"), ("held", "pool.jsonl")):
             samples = read_samples(self.folder("vft", seed) / file)[: self.sizes.pool]
-            groups, _ = make_groups(tokenizer, samples, mode="cot", max_length=context, reference=False)
+            groups, _ = make_groups(tokenizer, samples, mode="cot", max_length=context, reference=with_reference)
             tables, logps_of = [], {True: [], False: []}
             for start in range(0, len(groups), 16):
                 batch = collate(groups[start : start + 16], tokenizer.pad_id).to(self.args.device)
-                logps = score(model, batch)
+                logps = self.score(model, batch)
                 scores = to_groups(sequence_logps(logps, batch.loss_mask, reduce="mean"), batch).cpu().numpy()
                 better, right = (
                     better_than(batch.rewards, batch.present).cpu().numpy(),
@@ -281,13 +282,17 @@ class Recipe:
                 [encode_row(tokenizer, p, target(p, "cot"), mode="cot")] for p in solved[start : start + 32]
             ]
             batch = collate(rows, tokenizer.pad_id).to(self.args.device)
-            nlls += (-sequence_logps(score(model, batch), batch.loss_mask, reduce="mean")).tolist()
+            nlls += (-sequence_logps(self.score(model, batch), batch.loss_mask, reduce="mean")).tolist()
         if nlls:
             found |= {
                 "reference_nll": sum(nlls) / len(nlls),
                 "reference_nlls": [round(nll, 3) for nll in nlls],
             }
         return found
+
+    def score(self, model, batch):
+        with torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.dtype == "bfloat16"):
+            return score(model, batch)
 
     def scores(self, folder):
         """(scores of right, scores of wrong responses) of the first seed's held-out pool by a model."""
@@ -298,7 +303,7 @@ class Recipe:
         with torch.no_grad():
             for group in groups:
                 batch = collate([group], tokenizer.pad_id)
-                values = sequence_logps(score(model, batch), batch.loss_mask, reduce="mean").tolist()
+                values = sequence_logps(self.score(model, batch), batch.loss_mask, reduce="mean").tolist()
                 for row, value in zip(group, values):
                     found[bool(row.correct)].append(value)
         return found[True], found[False]
@@ -411,7 +416,7 @@ def slim(cells):
 def ablation_jobs(sizes, chosen):
     """One seed each: the boundary's margin, K, and the reference solution kept out of the ranking."""
     jobs = [(f"margin {m:g}", "aft-boundary", (chosen["aft-boundary"][0], m)) for m in sizes.other_margins]
-    for name in ("aft-detached", "aft-boundary"):
+    for name in ("aft-detached", "aft-boundary") if sizes.other_ks else ():
         jobs += [(f"K = {k}", name, chosen[name], (), k) for k in sizes.other_ks]
         jobs.append(("reference not ranked", name, chosen[name], ("--no-reference-in-positives",)))
     return jobs
@@ -430,6 +435,7 @@ def main(argv=None):
     parser.add_argument("--fresh", action="store_true", help="run every cell again")
     parser.add_argument("--jobs", type=int, default=2, help="cells at once (CPU: one thread each)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--train-flags", default="", help="further flags of train.py, such as '--lr 2e-5'")
     parser.add_argument("--train-split", default="train")
     parser.add_argument("--validation-split", default="validation")
@@ -457,9 +463,12 @@ def main(argv=None):
     ]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(recipe.vft, range(sizes.seeds)))
-        grid = list(pool.map(lambda setting: recipe.grid_cell(*setting), settings))
-        best = {m: max((g for g in grid if g["name"] == m), key=lambda g: g["accuracy"]) for m in methods}
-        chosen = {m: (g["lr"], g["margin"]) for m, g in best.items()}
+        grid = []                                       # a slice has one setting a method: nothing to choose
+        chosen = {method: (lr, margin) for method, lr, margin in settings}
+        if len(settings) > len(methods):
+            grid = list(pool.map(lambda setting: recipe.grid_cell(*setting), settings))
+            for setting in sorted(grid[::-1], key=lambda one: one["accuracy"]):  # the first of equals
+                chosen[setting["name"]] = (setting["lr"], setting["margin"])
         chosen["aft-none@twin"] = (chosen["aft-boundary"][0], None)
         cells = list(
             pool.map(
