@@ -74,20 +74,24 @@ class Packed:
     row_at: torch.Tensor         # (N,R) where the rest of each row stands, -1 behind its end
     group_of: torch.Tensor       # (N,) the group of each row
 
-    def visible(self, _batch, _head, q, k):
-        """Whether token q may look at token k: not later, of its group, in the prompt or in its own row."""
-        own = (self.row[k] == -1) | (self.row[k] == self.row[q])
-        return (k <= q) & (self.group[k] == self.group[q]) & own
+    def visible(self):
+        """The one mask function: may token q look at token k? Where k is not later, of q's group, and in the
+        prompt or in q's own row."""
+        row, group = self.row, self.group
+
+        def visible(_batch, _head, q, k):
+            return (k <= q) & (group[k] == group[q]) & ((row[k] == -1) | (row[k] == row[q]))
+        return visible
 
     def block_mask(self):
         """`visible` as FlexAttention takes it."""
         L = len(self.row)
-        return create_block_mask(self.visible, None, None, L, L, device=self.row.device)
+        return create_block_mask(self.visible(), None, None, L, L, device=self.row.device)
 
     def dense_mask(self):
         """`visible` as a bool mask (L,L): the oracle of `block_mask` and of TwoParts."""
         at = torch.arange(len(self.row), device=self.row.device)
-        return self.visible(None, None, at[:, None], at[None, :])
+        return self.visible()(None, None, at[:, None], at[None, :])
 
 
 def pack(batch):

@@ -235,10 +235,10 @@ class Recipe:
         solution is one of a question's right responses."""
         tokenizer = Tokenizer(model_folder)
         model = load_model(model_folder, dtype=torch.float32, device=self.args.device)
-        found, context, with_reference = {}, model.config.max_position_embeddings, not self.toy
+        found, context, both = {}, model.config.max_position_embeddings, not self.toy
         for name, file in (("train", "samples.jsonl"), ("held", "pool.jsonl")):
             samples = read_samples(self.folder("vft", seed) / file)[: self.sizes.pool]
-            groups, _ = make_groups(tokenizer, samples, mode="cot", max_length=context, reference=with_reference)
+            groups, _ = make_groups(tokenizer, samples, mode="cot", max_length=context, reference=both)
             tables, logps_of = [], {True: [], False: []}
             for start in range(0, len(groups), 16):
                 batch = collate(groups[start : start + 16], tokenizer.pad_id).to(self.args.device)
