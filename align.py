@@ -23,18 +23,18 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from minicot.config import AlignConfig, check, run
-from minicot.data import (collate, default_length, encode_row, make_groups, pairs, peek, read_problems,
-                          read_samples, refuse_shared, samples_to_row, schedule, seed_of, style_of, target,
-                          to_groups)
+from minicot.data import (check_pictures, collate, default_length, encode_row, image_reader, make_groups,
+                          pairs, peek, read_problems, read_samples, refuse_shared, samples_to_row, schedule,
+                          seed_of, style_of, target, text_room, to_groups)
 from minicot.losses import (aft_loss, better_than, dpo_loss, ipo_loss, pro_loss, rrhf_loss, sequence_logps,
                             sft_loss)
 from minicot.metrics import accuracy, paired_difference, repeated_4grams
 from minicot.sampling import sample_groups
 from minicot.scoring import score
 from minicot.tokenizer import Tokenizer
-from minicot.training import (Log, check_out, clip_gradients, close_run, digest_of, load_checkpoint, lr_at,
+from minicot.training import (Log, check_out, clip_gradients, close_run, digest_of, load_checkpoint,
                               make_optimizer, open_run, pick_device, refuse_non_finite, resolve,
-                              save_checkpoint, train_first, weights_digest, write_json,
+                              save_checkpoint, set_lr, train_first, train_only, weights_digest, write_json,
                               write_jsonl)
 from minicot.weights import load_model, save_model
 
@@ -117,7 +117,7 @@ def sft_term(logps, batch, method, weight, n_tokens, n_groups):
 # ---- reference log-probabilities: computed once, kept --------------------------------------------
 
 @torch.no_grad()
-def reference_logps(path, folder, tokenizer, groups, config, device):
+def reference_logps(path, folder, tokenizer, groups, config, reader, device):
     """Summed log-probabilities under the reference model, a tensor (responses,) a group. Read from `path`
     where it holds those of the same weights, tokenizer and rows; refused where of others; else computed."""
     key = weights_digest(folder) + digest_of(tokenizer, groups)
@@ -133,7 +133,7 @@ def reference_logps(path, folder, tokenizer, groups, config, device):
     else:
         model, sums = load_model(folder, dtype=torch.float32, device=device), []
         for start in tqdm(range(0, len(groups), config.batch_size), desc="reference", disable=None):
-            batch = collate(groups[start:start + config.batch_size], tokenizer.pad_id).to(device)
+            batch = collate(groups[start:start + config.batch_size], tokenizer.pad_id, reader).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
                 logps = score(model, batch)
             sums.append(sequence_logps(logps, batch.loss_mask, reduce="sum").cpu())
@@ -164,14 +164,14 @@ def watch(tables, correct):
 def probe(model, tokenizer, problems, settings, device):
     """On held-out problems: accuracy, missing answers, repeated 4-grams, NLL of reference solutions."""
     groups = sample_groups(model, tokenizer, problems, n=1, temperature=0.0, **settings)
-    responses = [group.responses[0] for group in groups]
+    responses = [group.first for group in groups]
     found = {"held_out_accuracy": sum(bool(r.correct) for r in responses) / len(responses),
              "held_out_missing_answers": sum(r.answer is None for r in responses) / len(responses),
              "held_out_repeated_4grams": sum(repeated_4grams(r.ids) for r in responses) / len(responses)}
     mode = settings["mode"]
     rows = [encode_row(tokenizer, p, target(p, mode), mode=mode) for p in problems if p.solution]
     if rows:
-        batch = collate([[row] for row in rows], tokenizer.pad_id).to(device)
+        batch = collate([[row] for row in rows], tokenizer.pad_id, settings["reader"]).to(device)
         found["held_out_reference_nll"] = sft_loss(score(model, batch), batch.loss_mask).item()
     return found
 
@@ -229,12 +229,17 @@ def main(config):
     context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
     check(tokenizer.vocab_size <= vocabulary, "--init", str(folder),
           f"a tokenizer of at most {vocabulary} ids")
-    settings = dict(mode=config.mode, style=config.style or style_of(data), batch_size=config.eval_batch_size,
+    reader = image_reader(model, tokenizer, folder)
+    train_only(model, config.train)
+    settings = dict(mode=config.mode, reader=reader, style=config.style or style_of(data),
+                    batch_size=config.eval_batch_size,
                     max_new_tokens=config.max_new_tokens or default_length(data))
     if not samples:
         drawn = sample_groups(model, tokenizer, problems, n=config.k, seed=config.seed, **settings)
         samples = list(tqdm(drawn, total=len(problems), desc="sampling", unit="problem", disable=None))
-    groups, counts = read_groups(config, method, samples, tokenizer, context)
+    room = text_room(context, problems, reader)
+    groups, counts = read_groups(config, method, samples, tokenizer, room)
+    check_pictures(groups, reader, config.samples or data)
     check(max(max(row.ids) for group in groups for row in group) < vocabulary, "--samples", config.samples,
           f"samples of this tokenizer, with ids below {vocabulary}")
     if config.peek:
@@ -250,7 +255,7 @@ def main(config):
     ref = None
     if method.needs_ref:
         path = Path(config.ref_logps or out / "ref_logps.safetensors")
-        ref = reference_logps(path, resolve(config.ref or folder), tokenizer, groups, config, device)
+        ref = reference_logps(path, resolve(config.ref or folder), tokenizer, groups, config, reader, device)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     first = load_checkpoint(out, model, optimizer) if config.resume else 0
     log = Log(out / "metrics.jsonl", first)
@@ -260,11 +265,10 @@ def main(config):
 
     progress = tqdm(range(first + 1, len(batches) + 1), unit="step", disable=None)
     for step in progress:
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = lr_at(step, len(batches), config.lr, config.warmup)
+        lr = set_lr(optimizer, step, len(batches), config.warmup)
         chosen = batches[step - 1]
         micros = [part for a in range(config.accumulate) if (part := chosen[a::config.accumulate])]
-        parts = [collate([groups[i] for i in micro], tokenizer.pad_id).to(device) for micro in micros]
+        parts = [collate([groups[i] for i in micro], tokenizer.pad_id, reader).to(device) for micro in micros]
         n_sft = sum(int((b.loss_mask & sft_rows(b, method.sft_on)[:, None]).sum()) for b in parts)
         loss, tables = 0.0, []
         for micro, batch in zip(micros, parts):
@@ -289,7 +293,7 @@ def main(config):
         if held_out and config.probe_every and (step % config.probe_every == 0 or step in (1, len(batches))):
             seen |= probe(model, tokenizer, held_out[:config.probe_limit], settings, device)
         n_tokens = sum(int(batch.pad_mask.sum()) for batch in parts)
-        log.write(step, n_tokens, loss=loss, lr=parameters["lr"], grad_norm=grad_norm, **seen)
+        log.write(step, n_tokens, loss=loss, lr=lr, grad_norm=grad_norm, **seen)
         progress.set_postfix_str(f"loss {loss:.3f}, pairs in order {seen['ranking_accuracy'] or 0:.0%}")
         due = config.save_every and step % config.save_every == 0 and step < len(batches)
         if due or step == config.stop_at:
@@ -300,6 +304,8 @@ def main(config):
 
     save_model(model, out)
     tokenizer.save(out)
+    if reader:
+        reader.processor.save(out)
     close_run(out)
     if held_out:
         compare(folder, model, tokenizer, held_out, settings, out, device)
@@ -308,7 +314,7 @@ def main(config):
 
 def compare(folder, model, tokenizer, problems, settings, out, device):
     """Greedy accuracy of the model before and after, on the same problems -> comparison.json and a line."""
-    before, after = ([int(bool(group.responses[0].correct)) for group in
+    before, after = ([int(bool(group.first.correct)) for group in
                       sample_groups(one, tokenizer, problems, n=1, temperature=0.0, **settings)]
                      for one in (load_model(folder, dtype=torch.float32, device=device), model))
     difference, low, high = paired_difference([before], [after])

@@ -20,11 +20,12 @@ import torch
 from tqdm import tqdm
 
 from minicot.config import SampleConfig, check, run
-from minicot.data import Problem, default_length, read_problems, read_samples, samples_to_row, style_of
+from minicot.data import (Problem, default_length, image_reader, read_problems, read_samples, samples_to_row,
+                          style_of)
 from minicot.metrics import accuracy, degeneration, majority_accuracy, pass_at_k
 from minicot.sampling import sample_groups
 from minicot.tokenizer import Tokenizer
-from minicot.toy import problems as toy
+from minicot.toy import pictures
 from minicot.training import pick_device, resolve, train_first, weights_digest, write_json
 from minicot.weights import load_model, read_json
 
@@ -37,17 +38,27 @@ def find_model(folder):
 
 def step_grade(problem, text):
     """The step oracle's grade in [0, 1]: ranking feedback, as in the AFT paper's GSM8K-RANK."""
-    return toy.grade(problem.id, text)
+    return pictures.grade(problem.id, text)
 
 
 def show(samples):
     """A question and its responses: green where the answer is right, red where it is wrong."""
     gold = f"   [gold: {samples.problem.answer}]" if samples.problem.answer else ""
     print(f"\n{samples.problem.question}{gold}")
+    if samples.error:
+        print(f"\033[31m{samples.error}\033[0m")
     for response in samples.responses:
         colour = {True: 32, False: 31, None: 36}[response.correct]
         cut = "" if response.finish == "stop" else "  (cut: too long)"
         print(f"\033[{colour}m{response.text.strip()}\033[0m{cut}")
+
+
+def report_unread(groups):
+    """Say which problems had a picture that could not be read."""
+    unread = [samples for samples in groups if samples.error]
+    if unread:
+        print(f"{len(unread)} problems without a response, as their picture can't be read; the first is "
+              f"{unread[0].problem.id!r}: {unread[0].error}")
 
 
 # ---- samples.jsonl -----------------------------------------------------------------------------------------
@@ -96,7 +107,7 @@ def drop_unfinished_line(path):
 
 def summarise(greedy, sampled):
     """Metrics of greedy Samples (one response each) and, where there are any, of K sampled responses each."""
-    responses = [samples.responses[0] for samples in greedy]
+    responses = [samples.first for samples in greedy]
     share, low, high = accuracy([response.correct for response in responses])
     metrics = {"accuracy": share, "low": low, "high": high, "problems": len(responses),
                **degeneration([r.ids for r in responses], [r.answer for r in responses]),
@@ -125,7 +136,7 @@ def evaluate(config, groups, problems, folder):
     write_json(out, {"command": " ".join(["python", "sample.py", *sys.argv[1:]]), "model": str(folder),
                      "settings": dataclasses.asdict(config), "metrics": metrics,
                      "problem_ids": [problem.id for problem in problems],
-                     "correct": [int(samples.responses[0].correct) for samples in greedy]})
+                     "correct": [int(samples.first.correct) for samples in greedy]})
     interval = f"[{metrics['low']:.1%}, {metrics['high']:.1%}]"
     print(f"{folder}: greedy accuracy {metrics['accuracy']:.1%} {interval} on {len(problems)} problems; "
           f"missing answers {metrics['missing_answers']:.1%}, mean length {metrics['mean_length']:.1f} tokens"
@@ -133,19 +144,21 @@ def evaluate(config, groups, problems, folder):
     if config.n > 1:
         passes = ", ".join(f"pass@{k} {share:.1%}" for k, share in metrics["pass"].items())
         print(f"majority@{config.n} {metrics['majority']:.1%}; {passes}")
+    report_unread(greedy)
     print(f"{time.perf_counter() - start:.0f} s -> {out}")
 
 
 # ---- the script --------------------------------------------------------------------------------------------
 
 def main(config):
-    on_toy = config.data == "toy"
+    on_toy = config.data in ("toy", "toy-pictures")
     check(config.reward == "correct" or on_toy, "--reward", config.reward, "correct, for this --data")
     device = pick_device(config.device)
     showing = not (config.evaluate or config.out)
     if config.question is not None:
         check(config.question.strip(), "the question", config.question, "some words")
-        problems = [Problem(id="typed", question=config.question)]
+        image = {"image": Path(config.image).name, "image_root": str(Path(config.image).resolve().parent)}
+        problems = [Problem(id="typed", question=config.question, **image if config.image else {})]
     else:
         problems = read_problems(config.data, config.split, limit=config.limit or (5 if showing else 0))
     folder = find_model(config.model)
@@ -157,7 +170,8 @@ def main(config):
     settings = dict(mode=config.mode, style=config.style or style_of(config.data), top_k=config.top_k,
                     top_p=config.top_p, seed=config.seed, batch_size=config.batch_size,
                     max_new_tokens=config.max_new_tokens or default_length(config.data),
-                    reward=step_grade if config.reward == "steps" else None)
+                    reward=step_grade if config.reward == "steps" else None,
+                    reader=image_reader(model, tokenizer, folder))
 
     def groups(problems, n=config.n, temperature=config.temperature):
         return sample_groups(model, tokenizer, problems, n=n, temperature=temperature, **settings)
@@ -172,6 +186,7 @@ def main(config):
         graded = [r.correct for samples in written for r in samples.responses if r.correct is not None]
         share = f", {sum(graded) / len(graded):.1%} of them right" if graded else ""
         print(f"{len(written)} problems, {config.n} responses each{share} -> {config.out}")
+        report_unread(written)
     else:
         for samples in groups(problems, temperature=config.temperature if config.n > 1 else 0.0):
             show(samples)

@@ -11,22 +11,23 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep, not spin
 
 import json
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from minicot import plots
 from minicot.config import TrainConfig, check, run
-from minicot.data import (collate, encode_row, fit, peek, read_problems, refuse_shared, schedule, seed_of,
-                          target)
+from minicot.data import (IMAGE, check_pictures, collate, encode_row, fit, image_reader, peek, read_problems,
+                          refuse_shared, schedule, seed_of, target, text_room)
 from minicot.losses import sft_loss
 from minicot.metrics import paired_difference
 from minicot.scoring import score
 from minicot.tokenizer import Tokenizer
-from minicot.training import (Log, check_out, clip_gradients, close_run, digest_of, load_checkpoint, lr_at,
+from minicot.training import (Log, check_out, clip_gradients, close_run, digest_of, load_checkpoint,
                               make_optimizer, mfu, open_run, pick_device, refuse_non_finite, resolve,
-                              save_checkpoint, write_json)
-from minicot.weights import load_model, save_model
+                              save_checkpoint, set_lr, train_only, write_json)
+from minicot.weights import attach_vision, load_model, save_model
 
 
 def make_rows(tokenizer, problems, config, max_length):
@@ -37,12 +38,21 @@ def make_rows(tokenizer, problems, config, max_length):
     return fit(rows, max_length, config.overlong)
 
 
+def open_eyes(model, tokenizer, config):
+    """Attach --vision's tower and a random projector; a placeholder token is added where there is none."""
+    token = tokenizer.add_token(IMAGE)
+    if token >= model.config.vocab_size:
+        model.grow_vocabulary(token + 1)
+    return attach_vision(model, config.vision, image_token_id=token, feature_layer=config.feature_layer,
+                         seed=config.seed)
+
+
 @torch.no_grad()
-def row_losses(model, rows, pad_id, device):
+def row_losses(model, rows, pad_id, reader, device):
     """Mean token loss of each row, (len(rows),)."""
     losses = []
     for start in range(0, len(rows), 8):
-        batch = collate([[row] for row in rows[start:start + 8]], pad_id).to(device)
+        batch = collate([[row] for row in rows[start:start + 8]], pad_id, reader).to(device)
         losses += [-logps[mask].mean().item() for logps, mask in zip(score(model, batch), batch.loss_mask)]
     return losses
 
@@ -53,18 +63,24 @@ def main(config):
     check_out(config, [folder, *config.data.split(":")[-1:]])
     tokenizer = Tokenizer(resolve(config.tokenizer) if config.tokenizer else folder)
     model = load_model(init, dtype=torch.float32, device=device, seed=config.seed)
+    if config.vision:
+        model = open_eyes(model, tokenizer, config)
+    eyes = Path(config.vision) if config.vision else folder
+    reader = image_reader(model, tokenizer, eyes.parent if eyes.is_file() else eyes)
+    train_only(model, config.train)
     context = model.config.max_position_embeddings
     check(config.max_length <= context, "--max-length", config.max_length, f"at most the context, {context}")
     check(tokenizer.vocab_size <= model.config.vocab_size, "--tokenizer", str(tokenizer.folder),
           f"one with ids below the model's vocab_size, {model.config.vocab_size}")
-    max_length = config.max_length or context
     problems = read_problems(config.data, config.split, limit=config.limit)
+    max_length = min(config.max_length or context, text_room(context, problems, reader))
     rows, n_overlong = make_rows(tokenizer, problems, config, max_length)
     held_out, n_lost = [], 0
     if config.eval_split:
         unseen = read_problems(config.data, config.eval_split, limit=config.eval_limit)
         refuse_shared(problems, unseen, "--eval-split")
         held_out, n_lost = make_rows(tokenizer, unseen, config, max_length)
+    check_pictures([rows, held_out], reader, config.data)
     n_rows = config.steps * config.batch_size or int(config.epochs * len(rows))
     check(n_rows > 0, "--epochs", config.epochs, f"enough for one of the {len(rows)} rows")
     lengths = [len(row.ids) for row in rows]
@@ -73,24 +89,24 @@ def main(config):
         peek(tokenizer, [[row] for row in rows[:config.peek]])
 
     out = open_run(config, digest_of(tokenizer, [rows, held_out]), [folder])
-    optimizer = make_optimizer(model, config.lr, config.weight_decay)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay, config.vision_lr)
     first = load_checkpoint(out, model, optimizer) if config.resume else 0
     log = Log(out / "metrics.jsonl", first)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}; {len(rows):,} rows and "
           f"{len(held_out)} held out ({n_overlong + n_lost} over {max_length} tokens left out); "
           f"steps {first + 1} to {len(batches)}")
     if held_out and not first:
-        write_json(out / "eval.json", {"before": row_losses(model, held_out, tokenizer.pad_id, device)})
+        before = row_losses(model, held_out, tokenizer.pad_id, reader, device)
+        write_json(out / "eval.json", {"before": before})
 
     progress = tqdm(range(first + 1, len(batches) + 1), unit="step", disable=None)
     for step in progress:
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = lr_at(step, len(batches), config.lr, config.warmup)
+        lr = set_lr(optimizer, step, len(batches), config.warmup)
         chosen = [rows[i] for i in batches[step - 1]]
         n_target = sum(len(row.ids) - row.n_prompt for row in chosen)          # of the whole step
         loss = 0.0
         for micro in [part for a in range(config.accumulate) if (part := chosen[a::config.accumulate])]:
-            batch = collate([[row] for row in micro], tokenizer.pad_id).to(device)
+            batch = collate([[row] for row in micro], tokenizer.pad_id, reader).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
                 logps = score(model, batch)
             part = sft_loss(logps, batch.loss_mask, n_tokens=n_target)
@@ -103,7 +119,7 @@ def main(config):
         optimizer.zero_grad(set_to_none=True)
 
         n_tokens = sum(len(row.ids) for row in chosen)
-        line = log.write(step, n_tokens, loss=loss, lr=parameters["lr"], grad_norm=grad_norm)
+        line = log.write(step, n_tokens, loss=loss, lr=lr, grad_norm=grad_norm)
         progress.set_postfix_str(f"loss {loss:.3f}, {line['tokens_per_s']:,.0f} tokens/s")
         due = config.save_every and step % config.save_every == 0 and step < len(batches)
         if due or step == config.stop_at:
@@ -114,11 +130,13 @@ def main(config):
 
     save_model(model, out)
     tokenizer.save(out)
+    if reader:
+        reader.processor.save(out)
     plots.loss_curve(log.read(), out / "loss.svg")
     close_run(out)
     report(model, log.read(), out, device)
     if held_out:
-        report_held_out(out, row_losses(model, held_out, tokenizer.pad_id, device), config.eval_split)
+        report_held_out(out, row_losses(model, held_out, tokenizer.pad_id, reader, device), config.eval_split)
 
 
 def report(model, lines, out, device):

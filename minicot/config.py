@@ -46,9 +46,14 @@ class TrainConfig(Flags):
 
     task: Literal["sft"] = flag("sft", "what to learn: sft = next-token loss on the solution's tokens")
     init: str = flag("toy",
-        "model folder to start from; a config.json means random weights; toy = the shipped base")
+        "model folder to start from; a config.json means random weights; toy, toy-vision = the shipped bases")
     tokenizer: str = flag("", "folder of the tokenizer (default: the folder of --init)")
-    data: str = flag("toy", "toy | gsm8k:PATH | aqua:PATH | ecqa:PATH | ... | file.jsonl")
+    vision: str = flag("", "give a text model eyes: folder of a CLIP or SigLIP tower, with its "
+        "preprocessor_config.json; its config.json: random weights")
+    feature_layer: int = flag(-2, "--vision: which hidden state of the tower is read (-1 = the last)")
+    train: Literal["all", "language", "projector"] = flag("all",
+        "what learns; language = the language model alone")
+    data: str = flag("toy", "toy | toy-pictures | gsm8k:PATH | aqua:PATH | ... | file.jsonl")
     split: str = flag("train", "split to train on; a slice is written train[:7000]")
     limit: int = flag(0, "use the first LIMIT problems (0 = all)", least=0)
     mode: Literal["cot", "direct", "both", "plain"] = flag("cot",
@@ -59,6 +64,7 @@ class TrainConfig(Flags):
     batch_size: int = flag(32, "rows a step", least=1)
     accumulate: int = flag(1, "micro-batches a step; the gradient stays that of the whole batch", least=1)
     lr: float = flag(2e-3, "peak learning rate (real models: about 2e-5)", above=0)
+    vision_lr: float | None = flag(None, "the vision tower's own (default: --lr)", least=0)
     warmup: float = flag(0.03,
         "share of the steps with linear warm-up; cosine decay to a tenth follows", least=0, most=1)
     weight_decay: float = flag(0.0, "AdamW weight decay (never on norms and biases)", least=0)
@@ -87,7 +93,8 @@ class SampleConfig(Flags):
     question: str | None = flag(None, "a question typed by hand", positional=True)
     model: str = flag("",
         "model folder (default: runs/aft where it is, else runs/sft, made by train.py if absent)")
-    data: str = flag("toy", "toy | gsm8k:PATH | aqua:PATH | ecqa:PATH | ... | file.jsonl")
+    image: str = flag("", "a picture that the question typed by hand is about")
+    data: str = flag("toy", "toy | toy-pictures | gsm8k:PATH | aqua:PATH | ecqa:PATH | ... | file.jsonl")
     split: str = flag("test", "split to sample; a slice is written test[:100]")
     limit: int = flag(0, "use the first LIMIT problems (0 = all; 5 when only showing)", least=0)
     mode: Literal["cot", "direct", "plain"] = flag("cot",
@@ -122,6 +129,8 @@ class AlignConfig(Flags):
         "what holds wrong responses up (default: detached for aft, none for the others)")
     margin: float | None = flag(None, "boundary's margin in nats a token (the AFT paper's beta)", least=0)
     beta: float = flag(0.1, "DPO's and IPO's beta", above=0)
+    train: Literal["language", "projector", "all"] = flag("language",
+        "what learns; language = the language model alone, as LLaVA-Reasoner's DPO")
     label_smoothing: float = flag(0.0, "DPO: probability that a label is wrong (cDPO)", least=0, most=1)
     sft_weight: float | None = flag(None, "weight of the SFT term (default: the method's own)", least=0)
     init: str = flag("", "model to align (default: runs/sft, made by train.py if absent)")

@@ -19,9 +19,12 @@ import numpy as np
 import torch
 
 from minicot.answers import extract_answer, is_correct
+from minicot.images import ImageProcessor, load_image
+from minicot.toy import pictures
 from minicot.toy import problems as toy
 
 LETTERS = "ABCDEFGHIJ"
+IMAGE = "<image>"  # where a picture stands in a text; one token of a vision-language folder's tokenizer
 COT_PROMPT, DIRECT_PROMPT = "\nThink step by step.", "\nAnswer briefly."
 
 
@@ -31,15 +34,23 @@ COT_PROMPT, DIRECT_PROMPT = "\nThink step by step.", "\nAnswer briefly."
 @dataclass(frozen=True)
 class Problem:
     """One question. `answer` is the gold answer (a letter where there are `choices`), `solution` a worked
-    solution that ends with the marked answer. Whoever needs an absent field says so."""
+    solution that ends with the marked answer, `image` a picture file (or a list of them) inside the folder
+    `image_root`, or "toy:" and what toy/pictures.py draws. Whoever needs an absent field says so."""
 
     id: str
     question: str
     answer: str | None = None
     solution: str | None = None
     steps: list | None = None
-    image: str | None = None
+    image: str | list | None = None
+    image_root: str | None = None
     choices: list | None = None
+
+    @property
+    def images(self):
+        """[(picture, its root)], in the order of their placeholders."""
+        found = [self.image] if isinstance(self.image, str) else self.image or []
+        return [(name, self.image_root) for name in found]
 
 
 @dataclass(frozen=True)
@@ -59,10 +70,17 @@ class Response:
 
 @dataclass(frozen=True)
 class Samples:
-    """A problem and its K responses: one line of samples.jsonl."""
+    """A problem and its K responses: one line of samples.jsonl. `error` says why there are none: a picture
+    that cannot be read costs its own problem alone."""
 
     problem: Problem
     responses: list = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def first(self):
+        """The first response; where there is none, an empty wrong one."""
+        return self.responses[0] if self.responses else Response("", correct=False, ids=[])
 
 
 TEXT, NUMBER, LIST, BOOL = (str,), (int, float), (list,), (bool,)
@@ -72,7 +90,8 @@ PROBLEM_FIELDS = {
     "answer": TEXT + NUMBER,
     "solution": TEXT,
     "steps": LIST,
-    "image": TEXT,
+    "image": TEXT + LIST,
+    "image_root": TEXT,
     "choices": LIST,
 }
 RESPONSE_FIELDS = {
@@ -85,7 +104,7 @@ RESPONSE_FIELDS = {
     "step_labels": LIST,
     "scores": (dict,),
 }
-ITEM_TYPES = {"steps": TEXT, "choices": TEXT, "ids": (int,), "step_labels": BOOL + (int,)}
+ITEM_TYPES = {"steps": TEXT, "choices": TEXT, "image": TEXT, "ids": (int,), "step_labels": BOOL + (int,)}
 
 
 def typed(row, fields, where):
@@ -95,7 +114,7 @@ def typed(row, fields, where):
     found = {name: row[name] for name in fields if row.get(name) is not None}
     for name, value in found.items():
         ok = isinstance(value, fields[name]) and not (isinstance(value, bool) and bool not in fields[name])
-        if ok and name in ITEM_TYPES:
+        if ok and isinstance(value, list):
             ok = all(isinstance(item, ITEM_TYPES[name]) for item in value)
         if not ok:
             expected = describe(name, fields[name])
@@ -138,6 +157,8 @@ def problem_from_row(row, where, line_number):
     if "question" not in found:
         raise ValueError(f"{where}: no field 'question'; found {sorted(row)}")
     found["id"] = str(found.get("id", line_number))
+    if "image" in found:  # relative to the file that names it
+        found.setdefault("image_root", str(Path(where.rpartition(":")[0]).parent.resolve()))
     if "answer" in found:
         found["answer"] = str(found["answer"])
     if len(found.get("choices", [])) > len(LETTERS):
@@ -159,6 +180,7 @@ def response_from_row(row, where):
 def samples_to_row(samples):
     """Samples -> the JSON object of one line; fields that are None are left out."""
     row = {name: value for name, value in asdict(samples.problem).items() if value is not None}
+    row |= {"error": samples.error} if samples.error else {}
     row["responses"] = [
         {name: value for name, value in asdict(response).items() if value is not None or name == "correct"}
         for response in samples.responses
@@ -179,7 +201,8 @@ def samples_from_row(row, where, line_number):
     responses = row.get("responses")
     if not isinstance(responses, list):
         raise ValueError(f"{where}: field 'responses' is {responses!r:.40}, expected a list of objects")
-    return Samples(problem, [response_from_row(response, where) for response in responses])
+    error = typed(row, {"error": TEXT}, where).get("error")
+    return Samples(problem, [response_from_row(response, where) for response in responses], error)
 
 
 def read_jsonl(path):
@@ -301,6 +324,7 @@ KNOWN_SETS = {
     "ecqa": (ecqa_row, "letter", {"validation": "val"}),
     **{name: (arithmetic_row, "hash", {}) for name in ("svamp", "multiarith", "addsub", "singleeq")},
 }
+TOYS = {"toy": toy.rows, "toy-pictures": pictures.rows}
 TOY_SIZES = {"train": 20_000, "validation": 1_000, "test": 1_000}
 
 
@@ -310,8 +334,8 @@ def style_of(spec):
 
 
 def read_problems(spec, split="train", *, limit=0):
-    """`toy`, `gsm8k:PATH` (a folder with train.jsonl / test.jsonl, or one file) or `file.jsonl` -> list of
-    Problem.
+    """`toy`, `toy-pictures`, `gsm8k:PATH` (a folder with train.jsonl / test.jsonl, or one file) or
+    `file.jsonl` -> list of Problem.
 
     `split` may be a slice, `train[7000:]`. limit > 0 keeps the first problems. ValueError names file, line
     and value."""
@@ -322,12 +346,12 @@ def read_problems(spec, split="train", *, limit=0):
     if not match:
         raise ValueError(f"split is {split!r}; allowed: a name, or a slice of one such as train[:7000]")
     split, start, stop = match[1], *(int(text) if text else None for text in match.groups()[1:])
-    if spec == "toy":
+    if spec in TOYS:
         if split not in TOY_SIZES:
-            raise ValueError(f"split is {split!r}; allowed for toy: {', '.join(TOY_SIZES)}")
-        source = f"toy {split}"
+            raise ValueError(f"split is {split!r}; allowed for {spec}: {', '.join(TOY_SIZES)}")
+        source = f"{spec} {split}"
         whole = start is not None or stop is not None or not limit
-        rows = enumerate(toy.rows(split, TOY_SIZES[split] if whole else min(limit, TOY_SIZES[split])), 1)
+        rows = enumerate(TOYS[spec](split, TOY_SIZES[split] if whole else min(limit, TOY_SIZES[split])), 1)
     elif name in KNOWN_SETS and path:
         reader, _, file_names = KNOWN_SETS[name]
         source, split = Path(path), file_names.get(split, split)
@@ -340,7 +364,7 @@ def read_problems(spec, split="train", *, limit=0):
         rows = read_jsonl(source)
     else:
         known = ", ".join(f"{known}:PATH" for known in KNOWN_SETS)
-        raise ValueError(f"data is {spec!r}; allowed: toy, {known}, FILE.jsonl")
+        raise ValueError(f"data is {spec!r}; allowed: {', '.join(TOYS)}, {known}, FILE.jsonl")
     numbered = [(number, problem_from_row(row, f"{source}:{number}", number)) for number, row in rows]
     refuse_duplicates([(number, problem.id) for number, problem in numbered], source)
     problems = [problem for _, problem in numbered][start:stop][: limit or None]
@@ -367,8 +391,10 @@ def render(problem, mode):
     answer ("direct"); "plain" adds no such line. An empty question (a pretraining row) renders to nothing."""
     if not problem.question:
         return ""
+    placeholders = f"{IMAGE}\n" * len(problem.images)
     choices = "".join(f"\n({LETTERS[i]}) {choice}" for i, choice in enumerate(problem.choices or []))
-    return problem.question + choices + {"cot": COT_PROMPT, "direct": DIRECT_PROMPT, "plain": ""}[mode]
+    question = problem.question if IMAGE in problem.question else placeholders + problem.question
+    return question + choices + {"cot": COT_PROMPT, "direct": DIRECT_PROMPT, "plain": ""}[mode]
 
 
 def prompt_text(tokenizer, problem, mode):
@@ -404,7 +430,8 @@ def grade(problem, text, *, mode, style):
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids of one prompt and one response; ids[n_prompt:] is trained and scored."""
+    """Token ids of one prompt and one response; ids[n_prompt:] is trained and scored. A picture is one
+    placeholder id here."""
 
     problem_id: str
     ids: list
@@ -412,6 +439,7 @@ class Row:
     reward: float = 1.0
     correct: bool | None = None
     is_reference: bool = False
+    images: tuple = ()
 
 
 def encode_row(tokenizer, problem, text, *, mode, finish="stop", ids=None, **row_fields):
@@ -439,7 +467,7 @@ def encode_row(tokenizer, problem, text, *, mode, finish="stop", ids=None, **row
         all_ids, n_prompt = [tokenizer.bos_id] + all_ids, 1
     if len(all_ids) <= max(n_prompt, 1):
         raise ValueError(f"problem {problem.id!r}: no token to train or score; question and text are empty")
-    return Row(problem.id, all_ids, max(n_prompt, 1), **row_fields)
+    return Row(problem.id, all_ids, max(n_prompt, 1), images=tuple(problem.images), **row_fields)
 
 
 def fit(rows, max_length, overlong):
@@ -464,7 +492,7 @@ class Batch:
 
     ids (N,T); loss_mask, pad_mask (N,T) bool (True = scored, True = a real token); group, slot (N,) the row's
     place in (B,K); rewards (B,K) float64; correct (B,K) int8 (1, 0, -1 = unknown); present (B,K) bool;
-    is_reference (N,) bool."""
+    is_reference (N,) bool; images (I,C,H,W) or None, once a group, and image_group (I,)."""
 
     ids: torch.Tensor
     loss_mask: torch.Tensor
@@ -476,6 +504,8 @@ class Batch:
     present: torch.Tensor
     is_reference: torch.Tensor
     problem_ids: list
+    images: torch.Tensor | None = None
+    image_group: torch.Tensor | None = None
 
     def to(self, device):
         moved = {
@@ -484,8 +514,71 @@ class Batch:
         return replace(self, **moved)
 
 
-def collate(groups, pad_id):
-    """Groups (a list of lists of Row; for SFT each row is its own group) -> Batch."""
+@dataclass(frozen=True)
+class ImageReader:
+    """How a folder's model takes pictures: the placeholder's id, how many of them stand for a picture, and
+    what makes pixels of it."""
+
+    token_id: int
+    n_tokens: int
+    processor: ImageProcessor
+
+    def pixels(self, images):
+        """[(picture, root)] -> list of (C,H,W). ValueError or OSError names the one that can't be read."""
+        opened = [pictures.draw(name[4:]) if name.startswith("toy:") else load_image(name, root)
+                  for name, root in images]  # fmt: skip
+        return [self.processor(image) for image in opened]
+
+    def expand(self, ids, problem_id, n_images):
+        """Each placeholder id -> its n tokens. ValueError where there are not as many as pictures."""
+        if ids.count(self.token_id) != n_images:
+            raise ValueError(
+                f"problem {problem_id!r}: {ids.count(self.token_id)} {IMAGE} in its text, {n_images} "
+                "pictures; allowed: one for each, or none in the question"
+            )
+        return [token for i in ids for token in [i] * (self.n_tokens if i == self.token_id else 1)]
+
+
+def image_reader(model, tokenizer, folder):
+    """The ImageReader of a model, whose preprocessor_config.json is in `folder`; None for a model that reads
+    text only."""
+    if not hasattr(model, "vlm_config"):
+        return None
+    config = model.vlm_config
+    if tokenizer.encode(IMAGE) != [config.image_token_id]:
+        raise ValueError(f"{tokenizer.folder}: its tokenizer reads {IMAGE} as {tokenizer.encode(IMAGE)}; "
+                         f"allowed: as the model's image token, [{config.image_token_id}]")  # fmt: skip
+    return ImageReader(config.image_token_id, config.image_seq_length, ImageProcessor(folder))
+
+
+def text_room(context, problems, reader):
+    """Tokens that a row may have while a picture is one of them, so that it fits the context later."""
+    per_picture = reader.n_tokens - 1 if reader else 0
+    return context - per_picture * max((len(problem.images) for problem in problems), default=0)
+
+
+def check_pictures(groups, reader, source):
+    """Refuse, before any work, rows with pictures that the model has no eyes for, or not as many as their
+    text has places for."""
+    for row in (row for group in groups for row in group):
+        if reader is not None:
+            reader.expand(row.ids, row.problem_id, len(row.images))
+        elif row.images:
+            raise ValueError(f"{source}: problem {row.problem_id!r} has a picture, but the model reads text "
+                             "only; allowed: a vision-language folder, or train.py --vision")  # fmt: skip
+
+
+def collate(groups, pad_id, reader=None):
+    """Groups (a list of lists of Row; for SFT each row is its own group) -> Batch. `reader` expands each
+    image placeholder to its n tokens and reads the pictures, those of a group once."""
+    images, image_group = [], []
+    if reader is not None:
+        groups = [[replace(row, ids=(ids := reader.expand(row.ids, row.problem_id, len(row.images))),
+                           n_prompt=row.n_prompt + len(ids) - len(row.ids)) for row in group]
+                  for group in groups]  # fmt: skip
+        for b, group in enumerate(groups):
+            found = reader.pixels(group[0].images)
+            images, image_group = images + found, image_group + [b] * len(found)
     rows = [row for group in groups for row in group]
     N, T = len(rows), max(len(row.ids) for row in rows)
     B, K = len(groups), max(len(group) for group in groups)
@@ -515,6 +608,8 @@ def collate(groups, pad_id):
         present,
         torch.tensor([row.is_reference for row in rows]),
         [rows_b[0].problem_id for rows_b in groups],
+        torch.stack(images) if images else None,
+        torch.tensor(image_group) if images else None,
     )
 
 
@@ -552,7 +647,7 @@ def refuse_shared(trained, held_out, flag):
 
 def default_length(spec):
     """Longest response in tokens where no flag says it."""
-    return 96 if spec == "toy" else 256
+    return 96 if spec in TOYS else 256
 
 
 def seed_of(*parts):

@@ -12,6 +12,7 @@ Letters:
     S  keys: cached + new          G  query heads a kv head     V  vocab_size
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -127,6 +128,10 @@ class KVCache:
         self.values[layer][:, :, self.length:end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask) -> torch.Tensor:
+        """Attention of one layer's new q (N,H,T,D) over all that is held once k and v are added."""
+        return attend(q, *self.update(layer, k, v), mask)
+
     def append_padding(self, pad_mask: torch.Tensor | None, rows: int, T: int) -> torch.Tensor | None:
         """Remember which of the next T are real; returns it for all S (N,S), or None if all are."""
         end, (held, room) = self.length + T, self.real.shape
@@ -213,9 +218,8 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x).view(N, T, -1, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(N, T, -1, self.head_dim).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(N, T, -1))
+        x = attend(q, k, v, mask) if cache is None else cache.attend(self.layer, q, k, v, mask)
+        return self.o_proj(x.transpose(1, 2).reshape(N, T, -1))
 
 
 class MLP(nn.Module):
@@ -277,6 +281,16 @@ class Transformer(nn.Module):
                 parameter.normal_(0.0, self.config.initializer_range, generator=generator)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+    @torch.no_grad()
+    def grow_vocabulary(self, vocab_size: int) -> None:
+        """Make room for new tokens; they start as the mean of the old ones (Hewitt 2021)."""
+        self.config = dataclasses.replace(self.config, vocab_size=vocab_size)
+        tables = {"embed_tokens": self.model} | ({} if self.lm_head is None else {"lm_head": self._modules})
+        for name, modules in tables.items():
+            old = modules[name].weight
+            new = old.mean(0, keepdim=True).expand(vocab_size - len(old), -1)
+            modules[name].weight = nn.Parameter(torch.cat([old, new]))
 
     def embed(self, ids: torch.Tensor, images=None) -> torch.Tensor:
         """ids (N,T) -> (N,T,E). A text model sees no images."""

@@ -1,9 +1,10 @@
-"""Generation with a KV cache, and K graded responses a problem.
+"""Generation with a KV cache that n samples share, and K graded responses a problem.
 
 Each sample draws its tokens by inverting the cumulative distribution at uniform numbers of its own, u_1, u_2,
 ..., which depend on its seed alone: what else is in the batch changes nothing but rounding.
 
-Letters: B prompts, n samples a prompt, R = B * n sequences, P prompt tokens, V vocabulary.
+Letters: B prompts at work (slots), n samples a prompt, R = B * n rows, P prompt tokens, S own tokens of a
+row, V vocabulary; H query heads, K key/value heads, G = H / K, D channels of a head.
 """
 
 import numpy as np
@@ -46,15 +47,89 @@ def choose(logits, uniforms, temperature, top_k, top_p):
     return torch.searchsorted(cumulative, u, right=True)[:, 0]
 
 
+class DecodeCache:
+    """Keys and values of sequences that are continued token by token: n rows for each of `slots` prompts.
+
+    With n = 1 a row's buffer holds its prompt and what came after. With n > 1 the n rows of a slot read one
+    copy of the prompt, as in Hydragen (arXiv 2402.05099): on long prompts decoding is reading keys. Both
+    parts' scores go through one softmax. Twin: KVCache with the prompt copied n times. Slots are refilled."""
+
+    def __init__(self, config, slots, n, prompt_room, new_room, *, dtype, device):
+        make = lambda rows, room: KVCache(config, rows, room, dtype=dtype, device=device)
+        self.n, self.length = n, 0
+        self.prompts = make(slots, prompt_room) if n > 1 else None
+        self.own = make(slots * n, new_room + (prompt_room if n == 1 else 0))
+        for cache in (self.own, self.prompts) if n > 1 else (self.own,):
+            for buffer in (*cache.keys, *cache.values):
+                buffer.zero_()                                  # masked, but 0 * NaN would not be 0
+        self.prompt_length = torch.zeros(slots, dtype=torch.long, device=device)
+        self.held = torch.zeros(slots * n, dtype=torch.long, device=device)     # positions of own in use
+
+    def admit(self, slots, prefill, lengths):
+        """Put prefilled prompts (right-padded rows of a KVCache) into slots."""
+        cache, P = self.prompts or self.own, prefill.length
+        for layer in range(len(cache.keys)):
+            cache.keys[layer][slots, :, :P] = prefill.keys[layer][:, :, :P]
+            cache.values[layer][slots, :, :P] = prefill.values[layer][:, :, :P]
+        self.prompt_length[slots] = lengths
+        rows = (slots[:, None] * self.n + torch.arange(self.n, device=slots.device)).flatten()
+        self.held[rows] = 0 if self.prompts else lengths
+
+    def select(self, slots):
+        """Keep these slots only."""
+        rows = (slots[:, None] * self.n + torch.arange(self.n, device=slots.device)).flatten()
+        self.own.select(rows)
+        if self.prompts:
+            self.prompts.select(slots)
+        self.prompt_length, self.held = self.prompt_length[slots], self.held[rows]
+
+    def begin(self, live):
+        """A step of one token a row: its positions (R,1); rows that are not live stay where they are."""
+        before = self.prompt_length.repeat_interleave(self.n) if self.prompts else 0
+        self.rows, self.at = torch.arange(len(self.held), device=self.held.device), self.held.clone()
+        self.end = int(self.held.max()) + 1
+        self.own_seen = torch.arange(self.end, device=self.held.device) <= self.at[:, None]       # (R,S)
+        if self.prompts:
+            P = int(self.prompt_length.max())
+            self.prompt_seen = torch.arange(P, device=self.held.device) < self.prompt_length[:, None]
+        self.held += live
+        return (before + self.at)[:, None]
+
+    def append_padding(self, pad_mask, rows, T):
+        assert pad_mask is None and T == 1 and rows == len(self.held), f"{rows} rows x {T}"
+
+    def attend(self, layer, q, k, v, mask):
+        """q (R,H,1,D), k, v (R,K,1,D) -> (R,H,1,D)."""
+        (R, H, _, D), K, S = q.shape, k.shape[1], self.end
+        G, q, never = H // K, q.view(R, K, H // K, D) * D ** -0.5, -torch.inf
+        self.own.keys[layer][self.rows, :, self.at] = k[:, :, 0]
+        self.own.values[layer][self.rows, :, self.at] = v[:, :, 0]
+        keys, values = self.own.keys[layer][:, :, :S], self.own.values[layer][:, :, :S]
+        to_own = (q @ keys.transpose(2, 3)).masked_fill(~self.own_seen[:, None, None], never)      # (R,K,G,S)
+        if not self.prompts:
+            return (to_own.softmax(-1) @ values).reshape(R, H, 1, D)
+        B, P = self.prompt_seen.shape
+        of_slots = lambda x: x.view(B, self.n, K, G, -1).transpose(1, 2).reshape(B, K, self.n * G, -1)
+        of_rows = lambda x: x.view(B, K, self.n, G, -1).transpose(1, 2).reshape(R, K, G, -1)
+        keys = self.prompts.keys[layer][:, :, :P]
+        to_prompt = of_slots(q) @ keys.transpose(2, 3)                                            # (B,K,nG,P)
+        to_prompt = of_rows(to_prompt.masked_fill(~self.prompt_seen[:, None, None], never))
+        weights = torch.cat([to_prompt, to_own], -1).softmax(-1)
+        from_prompt = of_rows(of_slots(weights[..., :P]) @ self.prompts.values[layer][:, :, :P])
+        return (from_prompt + weights[..., P:] @ values).reshape(R, H, 1, D)
+
+
 @torch.no_grad()
-def generate(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids, seed):
-    """Sample n continuations of each prompt (lists of token ids); one prefill serves the n samples of a
-    prompt.
+def generate(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids, seed,
+             images=None, max_rows=0):
+    """Sample n continuations of each prompt (lists of token ids).
 
     Returns [prompt][sample] -> new ids, the stop id included where one came. temperature 0 is greedy. seed: a
     list holds one seed a prompt (its samples then depend on nothing else; sample j has the same stream
-    whatever n is), an int s stands for s, s + 1, .... Finished sequences leave the batch. ValueError: an
-    empty prompt, no room in the context."""
+    whatever n is), an int s stands for s, s + 1, .... images: a list of pixel tensors (C,H,W) a prompt, which
+    carries n placeholders for each. At most max_rows sequences (0: all) run at once; the next prompts take
+    the place of finished ones. A prompt, or equal ones in a row, is computed once. ValueError: an empty
+    prompt, no room in the context."""
     if not prompts or not all(prompts):
         raise ValueError(
             f"prompts: {len(prompts)} given, of lengths {[len(p) for p in prompts][:8]}; each needs a token"
@@ -74,44 +149,73 @@ def generate(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_k=0, t
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {context}"
         )
 
-    device, B = next(model.parameters()).device, len(prompts)
-    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    pad_mask = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in prompts], device=device)
-    cache = KVCache(
-        model.config, B, longest + max_new_tokens, device=device, dtype=next(model.parameters()).dtype
-    )
-    padded = not bool(pad_mask.all())
-    hidden = model.hidden_states(model.embed(ids), pad_mask=pad_mask if padded else None, cache=cache)[:, -1:]
-    logits = model.head(hidden)[:, -1].repeat_interleave(n, 0)
-    if n > 1:
-        cache.select(torch.arange(B, device=device).repeat_interleave(n))
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    slots = min(len(prompts), max(1, max_rows // n)) if max_rows else len(prompts)
+    cache = DecodeCache(model.config, slots, n, longest, max_new_tokens, dtype=dtype, device=device)
+    stop, waiting = set(stop_ids), list(range(len(prompts)))[::-1]
+    responses = [[[] for _ in range(n)] for _ in prompts]
+    owner, live = [None] * slots, torch.zeros(slots * n, dtype=torch.bool)  # a slot's prompt; rows at work
+    tokens, uniforms = torch.zeros(slots * n, dtype=torch.long), np.zeros((slots * n, max_new_tokens))
 
-    uniforms = (
-        torch.tensor(
-            np.stack([np.random.default_rng([s, j]).random(max_new_tokens) for s in seeds for j in range(n)]),
-            device=device,
-        )
-        if temperature > 0
-        else None
-    )
-    stop = torch.tensor(sorted(set(stop_ids)), device=device)
-    responses = [[] for _ in range(B * n)]
-    live = torch.arange(B * n)  # which sequence a row of the batch is
-    for t in range(max_new_tokens):
-        tokens = choose(
-            logits, None if uniforms is None else uniforms[live.to(device), t], temperature, top_k, top_p
-        )
-        for row, token in zip(live.tolist(), tokens.tolist()):
-            responses[row].append(token)
-        going = ~torch.isin(tokens, stop)
-        if t == max_new_tokens - 1 or not going.any():
-            break
-        if not going.all():
-            keep = going.nonzero()[:, 0]
-            cache.select(keep)
-            tokens, live = tokens[keep], live[keep.cpu()]
-        logits = model.head(model.hidden_states(model.embed(tokens[:, None]), cache=cache))[:, -1]
-    return [responses[b * n : (b + 1) * n] for b in range(B)]
+    def advance(rows, logits):
+        """Choose the next token of these rows, note it, and note who is done."""
+        at = [len(responses[owner[r // n]][r % n]) for r in rows]
+        if hasattr(model, "vlm_config"):
+            logits[:, model.vlm_config.image_token_id:][:, :1] = -torch.inf        # no model draws a picture
+        drawn = torch.from_numpy(uniforms[rows, at]).to(device) if temperature else None
+        chosen = choose(logits, drawn, temperature, top_k, top_p).cpu()
+        tokens[rows] = chosen
+        for row, t, token in zip(rows, at, chosen.tolist()):
+            responses[owner[row // n]][row % n].append(token)
+            live[row] = token not in stop and t + 1 < max_new_tokens
+
+    while True:
+        busy = live.view(-1, n).any(1)
+        free = (~busy).nonzero()[:, 0].tolist()
+        if waiting and 4 * len(free) >= len(owner):
+            new = [waiting.pop() for _ in range(min(len(free), len(waiting)))]
+            for slot, b in zip(free, new):
+                owner[slot] = b
+                uniforms[slot * n:slot * n + n] = [np.random.default_rng([seeds[b], j]).random(max_new_tokens)
+                                                   for j in range(n)]
+            logits = prefill(model, cache, free[:len(new)], [prompts[b] for b in new],
+                             [images[b] if images else [] for b in new])
+            advance([slot * n + j for slot in free[:len(new)] for j in range(n)],
+                    logits.repeat_interleave(n, 0))
+            continue
+        if not busy.any():
+            return responses
+        if not waiting and 4 * len(free) >= len(owner):
+            kept = busy.nonzero()[:, 0]
+            rows = (kept[:, None] * n + torch.arange(n)).flatten()
+            cache.select(kept.to(device))
+            owner, live, tokens = [owner[slot] for slot in kept.tolist()], live[rows], tokens[rows]
+            uniforms = uniforms[rows.numpy()]
+        embeds = model.embed(tokens.to(device)[:, None])
+        hidden = model.hidden_states(embeds, positions=cache.begin(live.to(device)), cache=cache)
+        rows = live.nonzero()[:, 0]
+        advance(rows.tolist(), model.head(hidden[rows.to(device), -1]))
+
+
+def prefill(model, cache, slots, prompts, images):
+    """Compute prompts, equal ones once, put them into slots of the DecodeCache -> logits (len(prompts),V)
+    after their last tokens."""
+    device = cache.held.device
+    keys = [(tuple(prompt), tuple(map(id, pictures))) for prompt, pictures in zip(prompts, images)]
+    first = {key: i for i, key in reversed(list(enumerate(keys)))}
+    unique = sorted(first.values())
+    lengths = torch.tensor([len(prompts[i]) for i in unique], device=device)
+    P = int(lengths.max())
+    ids = torch.tensor([[*prompts[i], *[0] * (P - len(prompts[i]))] for i in unique], device=device)
+    real = torch.arange(P, device=device) < lengths[:, None]
+    pixels = [picture for i in unique for picture in images[i]]
+    embeds = model.embed(ids, torch.stack(pixels).to(device)) if pixels else model.embed(ids)
+    held = KVCache(model.config, len(unique), P, dtype=embeds.dtype, device=device)
+    hidden = model.hidden_states(embeds, pad_mask=real, cache=held)
+    of = torch.tensor([unique.index(first[key]) for key in keys], device=device)
+    held.select(of)
+    cache.admit(torch.tensor(slots, device=device), held, lengths[of])
+    return model.head(hidden[torch.arange(len(unique), device=device), lengths - 1])[of]
 
 
 def sample_groups(
@@ -129,45 +233,54 @@ def sample_groups(
     seed=0,
     batch_size=64,
     reward=None,
+    reader=None,
 ):
-    """Yield Samples, n graded responses a problem, in the order of the problems, a batch of about batch_size
-    sequences at a time. Each problem's seed comes from `seed` and its id, so the samples don't depend on the
-    other problems.
+    """Yield Samples, n graded responses a problem, in the order of the problems, about batch_size sequences
+    at a time. Each problem's seed comes from `seed` and its id, so the samples don't depend on the other
+    problems. `reader` (data.image_reader) reads pictures; a problem whose picture can't be read is yielded
+    without responses, its `error` saying why.
 
     reward(problem, text) -> float, where given, sets the responses' reward; else it is their correctness."""
-    per_batch = max(1, batch_size // n)
-    window = 8 * per_batch  # like lengths together, without holding back results long
-    context = model.config.max_position_embeddings
-    all_prompts = [tokenizer.encode(prompt_text(tokenizer, problem, mode)) for problem in problems]
-    for problem, prompt in zip(problems, all_prompts):
+    window = 8 * max(1, batch_size // n)                            # results come a window at a time
+    context, all_prompts = model.config.max_position_embeddings, []
+    for problem in problems:
+        prompt = tokenizer.encode(prompt_text(tokenizer, problem, mode))
+        if reader is not None:
+            prompt = reader.expand(prompt, problem.id, len(problem.images))
+        elif problem.images:
+            raise ValueError(f"problem {problem.id!r} has a picture, but the model reads text only")
         if not 0 < len(prompt) <= context - max_new_tokens:
             raise ValueError(
                 f"problem {problem.id!r}: a prompt of {len(prompt)} tokens and {max_new_tokens} new ones "
                 f"do not fit into the context of {context}; allowed: a prompt of one token or more"
             )
+        all_prompts.append(prompt)
     for start in range(0, len(problems), window):
-        group = problems[start : start + window]
-        prompts = all_prompts[start : start + window]
-        order = sorted(range(len(group)), key=lambda i: len(prompts[i]))
-        found = [None] * len(group)
-        for i in range(0, len(order), per_batch):
-            part = order[i : i + per_batch]
-            drawn = generate(
-                model,
-                [prompts[j] for j in part],
-                n=n,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                stop_ids=tokenizer.stop_ids,
-                seed=[seed_of(seed, group[j].id) for j in part],
-            )
-            for j, responses in zip(part, drawn):
-                found[j] = Samples(
-                    group[j], [respond(tokenizer, group[j], ids, mode, style, reward) for ids in responses]
-                )
-        yield from found
+        part = range(start, min(start + window, len(problems)))
+        found, images = {}, {}
+        for i in part:
+            try:
+                images[i] = reader.pixels(problems[i].images) if reader else []
+            except (ValueError, OSError) as error:
+                found[i] = Samples(problems[i], [], error=str(error))
+        order = sorted(images, key=lambda i: len(all_prompts[i]))   # like lengths are prefilled together
+        drawn = generate(
+            model,
+            [all_prompts[i] for i in order],
+            n=n,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_ids=tokenizer.stop_ids,
+            seed=[seed_of(seed, problems[i].id) for i in order],
+            images=[images[i] for i in order],
+            max_rows=batch_size,
+        ) if order else []  # fmt: skip
+        for i, responses in zip(order, drawn):
+            graded = [respond(tokenizer, problems[i], ids, mode, style, reward) for ids in responses]
+            found[i] = Samples(problems[i], graded)
+        yield from (found[i] for i in part)
 
 
 def respond(tokenizer, problem, ids, mode, style, reward):

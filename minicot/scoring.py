@@ -32,7 +32,11 @@ CHUNK = 2**24   # logits held at once
 def score_plain(model, batch):
     """Batch -> (N,T) log-probabilities of all real tokens by one padded forward and all logits (N,T,V): the
     oracle of `score`."""
-    return token_logps(model(batch.ids, pad_mask=batch.pad_mask), batch.ids)
+    images = None
+    if batch.images is not None:
+        of_row = [(batch.image_group == b).nonzero()[:, 0] for b in batch.group]
+        images = model.encode_images(batch.images)[torch.cat(of_row)]
+    return token_logps(model(batch.ids, images, batch.pad_mask), batch.ids)
 
 
 def score(model, batch):
@@ -40,7 +44,8 @@ def score(model, batch):
     True, else 0. Equals `score_plain` there, gradients included."""
     packed = pack(batch)
     attention = packed.block_mask() if batch.ids.is_cuda else TwoParts(packed)
-    hidden = model.hidden_states(model.embed(packed.ids), positions=packed.positions, attention=attention)
+    embeds = model.embed(packed.ids, batch.images)       # a group's pictures stand in its prompt: once
+    hidden = model.hidden_states(embeds, positions=packed.positions, attention=attention)
     logps = chunked_logps(model.head, hidden[0, packed.before], batch.ids[batch.loss_mask])
     return logps.new_zeros(batch.ids.shape).masked_scatter(batch.loss_mask, logps)
 
@@ -96,7 +101,8 @@ class Packed:
 
 def pack(batch):
     """Batch -> Packed. What a group's rows share is their longest common beginning before any scored token;
-    a group of one row shares nothing. Padding, on either side, is left out."""
+    a group of one row shares nothing. Padding, on either side, is left out. (A group's rows have the same
+    prompt, pictures included; were they to differ before a picture, embed would count too few of them.)"""
     texts = [ids[real].tolist() for ids, real in zip(batch.ids.cpu(), batch.pad_mask.cpu())]
     scored = [mask[real].nonzero()[:, 0].tolist()
               for mask, real in zip(batch.loss_mask.cpu(), batch.pad_mask.cpu())]

@@ -56,8 +56,15 @@ class Tokenizer:
         self.pad_id = self.eos_id if pad is None else pad
         self.stop_ids = tuple(dict.fromkeys([self.eos_id, *stops]))
         self.chat_template = self._read_template(config)
-        source = self.files["tokenizer.json"] + b"\0" + (self.chat_template or "").encode()
-        self.fingerprint = hashlib.sha256(source).hexdigest()
+        self.fingerprint = self._fingerprint()
+
+    def add_token(self, token: str) -> int:
+        """The id of a special token such as <image>, which is added behind the others if it is not there."""
+        self.backend.add_special_tokens([token])
+        self.files["tokenizer.json"] = self.backend.to_str().encode()
+        self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.fingerprint = self._fingerprint()
+        return self.backend.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; special tokens written out in it are read as such, none are added."""
@@ -92,6 +99,10 @@ class Tokenizer:
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content)
+
+    def _fingerprint(self) -> str:
+        source = self.files["tokenizer.json"] + b"\0" + (self.chat_template or "").encode()
+        return hashlib.sha256(source).hexdigest()
 
     def _encode(self, text: str):
         try:

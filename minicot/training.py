@@ -46,8 +46,9 @@ def train_first(out="runs/sft"):
 
 
 def resolve(init):
-    """--init: "toy" is the shipped base model; anything else is a path."""
-    return ROOT / "minicot" / "toy" / "base" if init == "toy" else Path(init)
+    """--init: "toy" and "toy-vision" are the shipped base models; anything else is a path."""
+    shipped = {"toy": "base", "toy-vision": "vision_base"}
+    return ROOT / "minicot" / "toy" / shipped[init] if init in shipped else Path(init)
 
 
 def lr_at(step, total, peak, warmup):
@@ -60,17 +61,34 @@ def lr_at(step, total, peak, warmup):
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def make_optimizer(model, lr, weight_decay):
-    """AdamW, betas (0.9, 0.95); matrices decay, norms and biases (parameters of one dimension) do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=lr,
-        betas=(0.9, 0.95),
-    )
+def train_only(model, part):
+    """Freeze what is not trained: "projector", "language" (the language model) or "all"."""
+    for name, parameter in model.named_parameters():
+        inside = {"projector": name.startswith("multi_modal_projector."), "all": True,
+                  "language": not name.startswith(("multi_modal_projector.", "vision_tower."))}[part]
+        parameter.requires_grad_(parameter.requires_grad and inside)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"--train is {part!r}, which this model does not have; allowed: language, all")
+
+
+def make_optimizer(model, lr, weight_decay, vision_lr=None):
+    """AdamW, betas (0.9, 0.95); matrices decay, norms and biases (parameters of one dimension) do not. A
+    group's "peak" is its learning rate at the top of the schedule: lr, or vision_lr in the vision tower."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = []
+    for tower, peak in ((False, lr), (True, lr if vision_lr is None else vision_lr)):
+        part = [p for name, p in named if name.startswith("vision_tower.") == tower]
+        for matrices, decay in ((True, weight_decay), (False, 0.0)):
+            chosen = [p for p in part if (p.ndim >= 2) == matrices]
+            groups += [{"params": chosen, "weight_decay": decay, "peak": peak}] if chosen else []
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+
+
+def set_lr(optimizer, step, total, warmup):
+    """Give every group its learning rate of this step; returns the first's."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr_at(step, total, group["peak"], warmup)
+    return optimizer.param_groups[0]["lr"]
 
 
 def clip_gradients(model, largest):
@@ -93,10 +111,10 @@ PER_CALL = ("resume", "overwrite", "stop_at", "save_every", "peek")  # may diffe
 
 
 def digest_of(tokenizer, groups):
-    """Hex hash of what a run trains on: the tokenizer and every row's ids."""
+    """Hex hash of what a run trains on: the tokenizer, every row's ids, its pictures' names."""
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     for row in (row for group in groups for row in group):
-        digest.update(f"{row.problem_id}:{row.n_prompt}:{row.reward}:{row.ids};".encode())
+        digest.update(f"{row.problem_id}:{row.n_prompt}:{row.reward}:{row.ids}{row.images or ''};".encode())
     return digest.hexdigest()
 
 

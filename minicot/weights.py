@@ -1,4 +1,5 @@
-"""Hugging Face model folders in and out: config.json + model.safetensors (or shards) <-> model.Transformer.
+"""Hugging Face model folders in and out: config.json + model.safetensors (or shards) <-> model.Transformer,
+or vision.VisionLanguageModel where model_type is llava.
 
 Strict both ways: a tensor that is missing, extra, misshapen, not finite or no float is an error, and so is a
 config.json that leaves out what the maths needs or asks for what model.py does not compute. Every error is
@@ -7,6 +8,7 @@ one line that names the file and what is wrong in it.
 
 import json
 import os
+import re
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minicot.model import Llama3Rope, ModelConfig, Transformer, rope_frequencies
+from minicot.vision import ACTIVATIONS, VisionConfig, VisionLanguageConfig, VisionLanguageModel
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
@@ -45,9 +48,59 @@ ONLY = {
 }
 LIMITS = {"vocab_size": 10**8, "num_hidden_layers": 10**4, "hidden_size": 10**6,
           "intermediate_size": 10**7, "num_attention_heads": 10**4,
-          "num_key_value_heads": 10**4, "head_dim": 10**5}  # beyond: broken
+          "num_key_value_heads": 10**4, "head_dim": 10**5, "image_size": 10**5, "patch_size": 10**4,
+          "num_channels": 10**3}  # beyond: broken
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LLAMA3_FIELDS = tuple(field.name for field in fields(Llama3Rope))
+
+# The sub-configs of a Llava folder leave out what equals the default of their class in transformers (a whole
+# CLIP's or SigLIP's folder does so too), so there, and only there, absence means these.
+LLAMA_7B = {"vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+            "hidden_act": "silu"}
+QWEN2 = LLAMA_7B | {"vocab_size": 151_936, "intermediate_size": 22_016, "num_key_value_heads": 32,
+                    "max_position_embeddings": 32_768}
+TEXT_DEFAULTS = {
+    "llama": LLAMA_7B,
+    "mistral": LLAMA_7B | {"intermediate_size": 14_336, "num_key_value_heads": 8,
+                           "max_position_embeddings": 131_072},     # but its sliding_window must be said
+    "qwen2": QWEN2,
+    "qwen3": QWEN2 | {"head_dim": 128},
+}
+VIT_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+            "num_channels": 3, "image_size": 224, "initializer_range": 0.02,
+            "position_initializer_range": 0.02, "vision_use_head": False}
+VISION_DEFAULTS = {
+    "clip_vision_model": VIT_BASE | {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "siglip_vision_model": VIT_BASE | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh",
+                                       "layer_norm_eps": 1e-6, "vision_use_head": True},
+}
+VISION_NUMBERS = dict.fromkeys(
+    ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size",
+     "patch_size", "num_channels"), int) | dict.fromkeys(
+    ("layer_norm_eps", "initializer_range", "position_initializer_range"), float)
+
+# LLaVA's own folders: the config.json of a text model of this family, with fields that begin with mm_.
+LLAVA = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+LLAVA_ONLY = {"mm_projector_type": ("mlp2x_gelu",), "mm_vision_select_feature": ("patch", "cls_patch", None),
+              "mm_patch_merge_type": ("flat", None), "image_aspect_ratio": ("square", "pad", None),
+              "s2": (False, None)}
+LLAVA_IMAGE_TOKEN = -200                # what LLaVA's code puts where an image goes; it is in no vocabulary
+
+# How the names in a Llava folder may begin, and how ours do: as in transformers' files since the first one.
+# Later files may say it in the other order, or leave out "vision_model."; model.mm_projector, a second
+# vision_tower and a text without a name are LLaVA's own. The first that fits counts.
+LLAVA_NAMES = {
+    "model.language_model.": "language_model.model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "lm_head.": "language_model.lm_head.",
+    "model.vision_tower.vision_tower.": "vision_tower.",
+    "model.vision_tower.": "vision_tower.",
+    "model.mm_projector.0.": "multi_modal_projector.linear_1.",
+    "model.mm_projector.2.": "multi_modal_projector.linear_2.",
+    "model.": "language_model.model.",
+}
+NOT_THE_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
 
 
 def parse_config(config: dict, where: str) -> ModelConfig:
@@ -161,10 +214,104 @@ def token_id(values: dict, name: str, where: str) -> int | tuple[int, ...] | Non
     return tuple(value) if isinstance(value, list) else value
 
 
-def config_to_hf(config: ModelConfig) -> dict:
-    """ModelConfig -> the dict of a config.json, in the spelling that old and new transformers both read.
+def one_of(values: dict, name: str, allowed: tuple, where: str):
+    """A value that is one of these; None among them means that it may be absent."""
+    value = values.get(name)
+    if value not in allowed:
+        raise ValueError(f"{where}: {name} {value!r}; known are {', '.join(map(str, allowed))}")
+    return value
+
+
+def parse_vision(config: dict, where: str) -> VisionConfig:
+    """A vision_config's dict -> VisionConfig; what it leaves out has its class's default."""
+    family = one_of(config, "model_type", tuple(VISION_DEFAULTS), where)
+    values = VISION_DEFAULTS[family] | config
+    one_of(values, "attention_dropout", (0.0, None), where)
+    one_of(values, "quantization_config", (None,), where)
+    numbers = {name: number(values, name, where, kind) for name, kind in VISION_NUMBERS.items()}
+    if numbers["hidden_size"] % numbers["num_attention_heads"]:
+        raise ValueError(f"{where}: hidden_size {numbers['hidden_size']} is no multiple of its "
+                         f"{numbers['num_attention_heads']} heads")
+    if numbers["image_size"] < numbers["patch_size"]:
+        raise ValueError(f"{where}: image_size {numbers['image_size']} is less than patch_size "
+                         f"{numbers['patch_size']}")
+    act = one_of(values, "hidden_act", tuple(ACTIVATIONS), where)
+    head = flag(values, "vision_use_head", where) and family == "siglip_vision_model"
+    return VisionConfig(model_type=family, hidden_act=act, vision_use_head=head, **numbers)
+
+
+def parse_llava(config: dict, where: str, vision=None) -> VisionLanguageConfig:
+    """A Llava folder's config.json -> VisionLanguageConfig.
+
+    In transformers' layout, or in LLaVA's own, which names its vision tower but does not describe it:
+    `vision` is then that tower's folder or config.json.
+    """
+    if "mm_vision_tower" in config:
+        config = llava_to_hf(config, where, vision)
+        text, text_where = config["text_config"], where
+    else:
+        for name in ("text_config", "vision_config"):
+            if not isinstance(config.get(name), dict):
+                raise ValueError(f"{where}: {name} {config.get(name)!r} is not an object, and there is no "
+                                 "mm_vision_tower either, as LLaVA's own config.json has it")
+        text, text_where = config["text_config"], f"{where}, text_config"
+        text = TEXT_DEFAULTS.get(str(text.get("model_type")), {}) | text
+    one_of(config, "quantization_config", (None,), where)
+    if flag({"tie_word_embeddings": False} | config, "tie_word_embeddings", where):
+        text["tie_word_embeddings"] = True              # either says it; the weights tell whether it is true
+    tower = parse_vision(config["vision_config"], f"{where}, vision_config")
+    layer, last = config.get("vision_feature_layer"), tower.num_hidden_layers
+    if type(layer) is not int or not -last - 1 <= layer <= last:
+        raise ValueError(f"{where}: vision_feature_layer (LLaVA's mm_vision_select_layer) {layer!r}; allowed "
+                         f"is one integer from {-last - 1} to {last}, as the tower has {last} layers")
+    tokens = [config[name] for name in ("image_token_index", "image_token_id") if name in config]
+    if not tokens or any(type(token) is not int or token != tokens[0] for token in tokens):
+        raise ValueError(f"{where}: image_token_index is {tokens or 'absent'}; needed is one integer")
+    return VisionLanguageConfig(
+        text=parse_config(text, text_where), vision=tower, image_token_id=tokens[0],
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=one_of(
+            config, "vision_feature_select_strategy", ("default", "full"), where),
+        projector_hidden_act=one_of(config, "projector_hidden_act", tuple(ACTIVATIONS), where),
+        multimodal_projector_bias=flag(
+            {"multimodal_projector_bias": True} | config, "multimodal_projector_bias", where),
+    )
+
+
+def llava_to_hf(config: dict, where: str, vision) -> dict:
+    """LLaVA's own config.json in transformers' words. Its placeholder is LLaVA's IMAGE_TOKEN_INDEX."""
+    for name, allowed in LLAVA_ONLY.items():
+        one_of(config, name, allowed, where)
+    if vision is None:
+        raise ValueError(f"{where}: is LLaVA's own and does not describe its vision tower, mm_vision_tower "
+                         f"{config['mm_vision_tower']!r}; give load_model that tower's folder, or its "
+                         f"{CONFIG}, as vision=PATH")
+    tower = asdict(read_vision_config(Path(vision)))
+    one_of(tower, "model_type", ("clip_vision_model",), f"{vision}")
+    one_of(config, "mm_hidden_size", (tower["hidden_size"], None), where)
+    full = config.get("mm_vision_select_feature") == "cls_patch"
+    return {"text_config": config | {"model_type": LLAVA[config["model_type"]]}, "vision_config": tower,
+            "image_token_index": LLAVA_IMAGE_TOKEN, "projector_hidden_act": "gelu",
+            "vision_feature_layer": config.get("mm_vision_select_layer"),
+            "vision_feature_select_strategy": "full" if full else "default"}
+
+
+def config_to_hf(config: ModelConfig | VisionLanguageConfig) -> dict:
+    """A config -> the dict of a config.json, in the spelling that old and new transformers both read.
 
     ValueError where the family cannot say what the config asks for (biases in a Mistral, say)."""
+    if isinstance(config, VisionLanguageConfig):
+        out = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
+               "text_config": config_to_hf(config.text), "vision_config": asdict(config.vision),
+               "image_token_index": config.image_token_id, "image_seq_length": config.image_seq_length,
+               "vision_feature_layer": config.vision_feature_layer,
+               "vision_feature_select_strategy": config.vision_feature_select_strategy,
+               "projector_hidden_act": config.projector_hidden_act,
+               "multimodal_projector_bias": config.multimodal_projector_bias,
+               "tie_word_embeddings": config.text.tie_word_embeddings}
+        if parse_llava(out, "VisionLanguageConfig") != config:
+            raise ValueError(f"{config} cannot be written as a llava config.json")
+        return out
     family = config.model_type
     out = {"architectures": [ARCHITECTURES[family]]} | asdict(config)
     for name in ("qkv_bias", "o_bias", "qk_norm"):
@@ -181,36 +328,82 @@ def config_to_hf(config: ModelConfig) -> dict:
     return out
 
 
-def load_model(path, *, dtype: torch.dtype | None = None, device=None, seed: int = 0) -> Transformer:
-    """A Hugging Face folder -> model with its weights, memory-mapped; dtype None: as stored.
+def load_model(path, *, dtype: torch.dtype | None = None, device=None, seed: int = 0, vision=None):
+    """A Hugging Face folder -> Transformer or VisionLanguageModel, memory-mapped; dtype None: as stored.
 
     `path` may also be a config.json itself: then the weights are random, drawn from `seed` (float32 by
-    default), the same on every device. A folder without weights is an error.
+    default), the same on every device. A folder without weights is an error. `vision` is for LLaVA's own
+    folders alone: the folder (or config.json) of the CLIP tower that the folder names; the tower's weights
+    come from there if the folder has none.
     """
     path = Path(path)
-    if path.is_file():
-        model = Transformer(read_config(path), torch.Generator().manual_seed(seed))
-        return model.to(device=device, dtype=dtype)
-    if not path.is_dir():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such model folder")
-    config = read_config(path / CONFIG)
+    config = read_config(path / CONFIG if path.is_dir() else path, vision)
+    pictures = isinstance(config, VisionLanguageConfig)
+    build = VisionLanguageModel if pictures else Transformer
+    if path.is_file():
+        model = build(config, torch.Generator().manual_seed(seed))
+        return model.to(device=device, dtype=dtype)
     with torch.device("meta"):
-        model = Transformer(config)
-    tensors = read_tensors(path, {name: value.shape for name, value in model.state_dict().items()}, config)
-    stored = {tensor.dtype for tensor in tensors.values()}
-    if dtype is None and len(stored) > 1:
-        raise ValueError(f"{path}: weights are stored as {sorted(map(str, stored))}; choose one dtype")
-    for name, tensor in tensors.items():
-        tensors[name] = tensor = tensor.to(device=device, dtype=dtype)
-        if not torch.isfinite(torch.stack(tensor.aminmax())).all():       # a NaN is both least and most
-            raise ValueError(f"{path}: tensor {name} holds values that are not finite as {tensor.dtype}")
-    model.load_state_dict(tensors, strict=True, assign=True)
+        model = build(config)
+    tensors = read_tensors(path, model, llava_name if pictures else str)
+    if vision is not None and not any(name.startswith("vision_tower.") for name in tensors):
+        tower = read_tensors(Path(vision), model.vision_tower, tower_name)
+        tensors |= {f"vision_tower.{name}": tensor for name, tensor in tower.items()}
+    drop_derived(tensors, path, model.config, "language_model." if pictures else "")
+    fill(model, tensors, path, dtype, device)
     return model
 
 
-def read_tensors(folder: Path, shapes: dict, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """The tensors named in `shapes`, of these shapes, and no others, from a folder's safetensors file(s)."""
-    found = {}
+def attach_vision(text_model: Transformer, path, *, image_token_id: int, feature_layer: int = -2,
+                  seed: int = 0) -> VisionLanguageModel:
+    """Give a language model eyes: itself (not a copy), a CLIP or SigLIP tower, and a random projector.
+
+    path: a folder of the tower, alone or within the whole CLIP or SigLIP (whose text half is passed over); or
+        a config.json, then the tower is random too. Random weights come from `seed`, on every device alike.
+    image_token_id: the placeholder, a token of the vocabulary that ordinary text does not have.
+    feature_layer: see VisionLanguageConfig. CLIP's class token is dropped; SigLIP has none.
+    """
+    path, vocabulary = Path(path), text_model.config.vocab_size
+    if not 0 <= image_token_id < vocabulary:
+        raise ValueError(f"image_token_id {image_token_id} is not in the vocabulary; allowed are 0 to "
+                         f"{vocabulary - 1}")
+    vision = read_vision_config(path)
+    config = VisionLanguageConfig(
+        text_model.config, vision, image_token_id, feature_layer, "default" if vision.class_token else "full")
+    config_to_hf(config)                            # refuses what it could not write
+    model = VisionLanguageModel(config, torch.Generator().manual_seed(seed), text_model)
+    like = next(text_model.parameters())
+    if path.is_dir():
+        fill(model.vision_tower, read_tensors(path, model.vision_tower, tower_name), path, like.dtype, None)
+    for part in (model.vision_tower, model.multi_modal_projector):
+        part.to(device=like.device, dtype=like.dtype)
+    return model
+
+
+def llava_name(name: str) -> str:
+    """Our name of a tensor in a Llava folder."""
+    for theirs, ours in LLAVA_NAMES.items():
+        if name.startswith(theirs):
+            name = ours + name.removeprefix(theirs)
+            break
+    return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
+
+
+def tower_name(name: str) -> str | None:
+    """Our name of a tensor in a CLIP's or SigLIP's folder; None if it is not the vision tower's."""
+    if name.startswith(NOT_THE_TOWER):
+        return None
+    return name if name.startswith("vision_model.") else f"vision_model.{name}"
+
+
+def read_tensors(folder: Path, model, rename) -> dict[str, torch.Tensor]:
+    """The tensors in a folder's safetensors file(s) by our names, their shapes checked against the model's.
+
+    rename(name) is our name; None: passed over.
+    """
+    found, shapes = {}, {name: value.shape for name, value in model.state_dict().items()}
     for file, names in weight_files(folder).items():
         with open_safetensors(file) as handle:
             keys = set(handle.keys())
@@ -218,26 +411,47 @@ def read_tensors(folder: Path, shapes: dict, config: ModelConfig) -> dict[str, t
                 raise ValueError(f"{file}: by {INDEX} it should hold {listing(names - keys)}, which it does "
                                  f"not, and should not hold {listing(keys - names)}, which it does")
             for name in keys:
-                shape = tuple(handle.get_slice(name).get_shape())
-                if name in shapes and shape != tuple(shapes[name]):
+                ours, shape = rename(name), tuple(handle.get_slice(name).get_shape())
+                if ours is None or ours.endswith("vision_model.embeddings.position_ids"):
+                    continue                        # the latter: 0, 1, 2, ... in old files
+                if ours in found:
+                    raise ValueError(f"{file}: tensor {name} is there twice, under two names for {ours}")
+                if ours in shapes and shape != tuple(shapes[ours]):
                     raise ValueError(f"{file}: tensor {name} has shape {shape}; by {CONFIG} it should "
-                                     f"have {tuple(shapes[name])}")
-                found[name] = handle.get_tensor(name)
-                if found[name].dtype not in FLOATS:
-                    raise ValueError(f"{file}: tensor {name} is {found[name].dtype}; allowed are {FLOATS}")
-    for name in [name for name in found if name.endswith(".self_attn.rotary_emb.inv_freq")]:
-        stored = found.pop(name).float()            # Llama 1 and 2 files hold what we compute
+                                     f"have {tuple(shapes[ours])}")
+                found[ours] = handle.get_tensor(name)
+                if found[ours].dtype not in FLOATS:
+                    raise ValueError(f"{file}: tensor {name} is {found[ours].dtype}; allowed are {FLOATS}")
+    return found
+
+
+def drop_derived(tensors: dict, folder: Path, config: ModelConfig, prefix: str) -> None:
+    """Take out what the model computes from its config, or holds once only, if it is what it should be."""
+    for name in [name for name in tensors if name.endswith(".self_attn.rotary_emb.inv_freq")]:
+        stored = tensors.pop(name).float()          # Llama 1 and 2 files hold what we compute
         if stored.numel() != config.head_dim // 2 or not stored.allclose(rope_frequencies(config), rtol=1e-2):
             raise ValueError(f"{folder}: tensor {name} differs from the frequencies that {CONFIG} gives")
-    if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= found.keys():
-        same = torch.equal(found.pop("lm_head.weight"), found["model.embed_tokens.weight"])
+    head, embedding = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
+    if config.tie_word_embeddings and {head, embedding} <= tensors.keys():
+        same = torch.equal(tensors.pop(head), tensors[embedding])
         if not same:
-            raise ValueError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight, to which "
-                             f"{CONFIG} ties it")
-    if found.keys() != shapes.keys():
-        raise ValueError(f"{folder}: by {CONFIG}, missing tensors: {listing(shapes.keys() - found.keys())}; "
-                         f"extra tensors: {listing(found.keys() - shapes.keys())}")
-    return found
+            raise ValueError(f"{folder}: {head} differs from {embedding}, to which {CONFIG} ties it")
+
+
+def fill(model, tensors: dict, folder: Path, dtype, device) -> None:
+    """Make these finite tensors, all and no others, the weights of the model."""
+    needed = model.state_dict().keys()
+    if tensors.keys() != needed:
+        raise ValueError(f"{folder}: by {CONFIG}, missing tensors: {listing(needed - tensors.keys())}; "
+                         f"extra tensors: {listing(tensors.keys() - needed)}")
+    stored = {tensor.dtype for tensor in tensors.values()}
+    if dtype is None and len(stored) > 1:
+        raise ValueError(f"{folder}: weights are stored as {sorted(map(str, stored))}; choose one dtype")
+    for name, tensor in tensors.items():
+        tensors[name] = tensor = tensor.to(device=device, dtype=dtype)
+        if not torch.isfinite(torch.stack(tensor.aminmax())).all():       # a NaN is both least and most
+            raise ValueError(f"{folder}: tensor {name} holds values that are not finite as {tensor.dtype}")
+    model.load_state_dict(tensors, strict=True, assign=True)
 
 
 def weight_files(folder: Path) -> dict[Path, set[str] | None]:
@@ -271,8 +485,24 @@ def open_safetensors(file: Path):
         raise ValueError(f"{file}: not a whole safetensors file ({' '.join(str(error).split())})") from None
 
 
-def read_config(file: Path) -> ModelConfig:
-    return parse_config(read_json(file), str(file))
+def read_config(file: Path, vision=None) -> ModelConfig | VisionLanguageConfig:
+    config = read_json(file)
+    family = one_of(config, "model_type", (*ARCHITECTURES, *LLAVA), str(file))
+    if vision is not None and "mm_vision_tower" not in config:
+        raise ValueError(f"{file}: vision={vision} is given, but this is not LLaVA's own folder (there is no "
+                         "mm_vision_tower); attach_vision gives a text model a tower")
+    return parse_llava(config, str(file), vision) if family in LLAVA else parse_config(config, str(file))
+
+
+def read_vision_config(path: Path) -> VisionConfig:
+    """The tower's config: of a folder of the tower alone or of the whole CLIP or SigLIP, or a config.json."""
+    file = path if path.is_file() else path / CONFIG
+    config, where = read_json(file), str(file)
+    if config.get("model_type") in ("clip", "siglip"):
+        config, where = config.get("vision_config"), f"{file}, vision_config"
+        if not isinstance(config, dict):
+            raise ValueError(f"{where} {config!r} is not an object")
+    return parse_vision(config, where)
 
 
 def read_json(file: Path) -> dict:
@@ -296,7 +526,7 @@ def listing(names) -> str:
     return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"
 
 
-def save_model(model: Transformer, folder) -> None:
+def save_model(model: Transformer | VisionLanguageModel, folder) -> None:
     """Write config.json and model.safetensors, which load_model and transformers read back with the same
     logits.
 
@@ -307,7 +537,8 @@ def save_model(model: Transformer, folder) -> None:
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     dtypes = {tensor.dtype for tensor in tensors.values()}
     assert len(dtypes) == 1, f"weights of one dtype can be saved, these are {sorted(map(str, dtypes))}"
-    config = config_to_hf(model.config) | {"torch_dtype": str(dtypes.pop()).removeprefix("torch.")}
+    config = config_to_hf(getattr(model, "vlm_config", model.config))
+    config["torch_dtype"] = str(dtypes.pop()).removeprefix("torch.")
     partial = folder / (WEIGHTS + ".partial")
     save_file(tensors, partial, metadata={"format": "pt"})
     os.replace(partial, folder / WEIGHTS)

@@ -58,7 +58,7 @@ def test_an_empty_file_a_missing_file_and_an_unknown_set_are_errors(tmp_path):
         data.read_problems(str(write(tmp_path / "empty.jsonl")))
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
         data.read_problems("nowhere.jsonl")
-    with pytest.raises(ValueError, match="allowed: toy, gsm8k:PATH"):
+    with pytest.raises(ValueError, match="allowed: toy, toy-pictures, gsm8k:PATH"):
         data.read_problems("gsm9k:x")
     with pytest.raises(ValueError, match="allowed for toy"):
         data.read_problems("toy", "dev")

@@ -5,8 +5,8 @@ import pytest
 import torch
 import transformers
 
-from minicot.model import ModelConfig, Transformer
-from minicot.sampling import choose, filter_logits, generate
+from minicot.model import KVCache, ModelConfig, Transformer
+from minicot.sampling import DecodeCache, choose, filter_logits, generate
 from minicot.weights import save_model
 
 CONFIG = ModelConfig(
@@ -56,6 +56,52 @@ def test_a_sample_is_the_same_whatever_else_is_in_the_batch(model):
         assert generate(model, [prompt], n=1, seed=10 + i, **options)[0] == together[i][:1]
     assert len({tuple(ids) for group in together for ids in group}) > len(PROMPTS)
     assert generate(model, PROMPTS, n=3, seed=10, **options) == together  # an int s stands for s, s + 1, ...
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("max_rows", [1, 4, 6])
+def test_rows_that_finish_make_room_for_the_next_prompts(model, n, max_rows):
+    prompts, options = PROMPTS * 3, dict(max_new_tokens=20, stop_ids=[3, 8, 12], temperature=1.0)
+    seeds = list(range(len(prompts)))
+    widths, embed = [], model.embed
+    model.embed = lambda ids, *images: (widths.append(ids.shape), embed(ids, *images))[1]
+    found = generate(model, prompts, n=n, seed=seeds, max_rows=max_rows, **options)
+    del model.embed
+    assert found == [generate(model, [p], n=n, seed=[s], **options)[0] for p, s in zip(prompts, seeds)]
+    assert max(rows for rows, _ in widths) <= max(max_rows, n)
+    one_after_the_other = sum(max(map(len, group)) for group in found)
+    assert max_rows < 2 * n or len(widths) < one_after_the_other     # slots are at work side by side
+
+
+def test_equal_prompts_are_computed_once_but_keep_their_own_seeds(model):
+    widths, embed = [], model.embed
+    model.embed = lambda ids, *images: (widths.append(ids.shape), embed(ids, *images))[1]
+    found = generate(model, [PROMPTS[0]] * 4 + [PROMPTS[2]], max_new_tokens=12, stop_ids=[],
+                     seed=[1, 2, 3, 4, 5])
+    del model.embed
+    assert widths[0] == (2, 6) and len({tuple(ids[0]) for ids in found[:4]}) == 4
+
+
+@torch.no_grad()
+def test_rows_that_share_their_prompts_keys_attend_as_with_copies(model):
+    lengths, n, steps = torch.tensor([3, 1, 5]), 2, 3
+    draw = torch.Generator().manual_seed(0)
+    prompts = torch.randint(0, 61, (3, 5), generator=draw)
+    new = torch.randint(0, 61, (3 * n, steps), generator=draw)
+    prefilled = KVCache(CONFIG, 3, 5, dtype=torch.float64)
+    model.hidden_states(model.embed(prompts), pad_mask=torch.arange(5) < lengths[:, None], cache=prefilled)
+    shared = DecodeCache(CONFIG, 3, n, 5, steps, dtype=torch.float64, device="cpu")
+    shared.admit(torch.arange(3), prefilled, lengths)
+    for t in range(steps):
+        embeds = model.embed(new[:, t:t + 1])
+        positions = (lengths.repeat_interleave(n) + t)[:, None]
+        mine = shared.begin(torch.ones(3 * n, dtype=torch.bool))
+        assert torch.equal(mine, positions)
+        whole = torch.cat([prompts.repeat_interleave(n, 0), new[:, :t + 1]], 1)
+        real = torch.cat([torch.arange(5) < lengths.repeat_interleave(n)[:, None],
+                          torch.ones(3 * n, t + 1, dtype=torch.bool)], 1)
+        twin = model.hidden_states(model.embed(whole), pad_mask=real)[:, -1:]
+        torch.testing.assert_close(model.hidden_states(embeds, positions=mine, cache=shared), twin)
 
 
 def test_samples_follow_the_model_distribution(model):

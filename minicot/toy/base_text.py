@@ -5,6 +5,13 @@ solution.
     python train.py --init runs/base-text/config.json --data runs/base-text/text.jsonl --out runs/base \\
         --batch-size 64 --lr 3e-3 --save-every 0
 
+    python -m minicot.toy.base_text --pictures --rows 24000 --out runs/seeing
+    python train.py --init toy --vision runs/seeing/tower/config.json --feature-layer -1 \\
+        --data runs/seeing/text.jsonl --mode plain --batch-size 64 --lr 1.5e-3 --save-every 0 \\
+        --out runs/vision-base
+
+The first pair made the text base (--init toy), the second gave it eyes (--init toy-vision): a random tower
+that learns to see from captions and from questions that read one number, and text again, lest it forget.
 The text is the world's language and arithmetic, not its reasoning: problems as they are told, one comparison
 said twice, sums, differences, products and halves, and questions that are answered by reading one fact. No
 row computes a quantity that a problem asks for. Scenes come from the train split alone.
@@ -18,6 +25,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from minicot.toy import pictures
 from minicot.toy.problems import ITEMS, NAMES, WORDINGS, make_scene, perception_questions, row_of, split_of
 
 SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -35,6 +43,19 @@ CONFIG = {
     "head_dim": 32, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True,
     "initializer_range": 0.05, "bos_token_id": None, "eos_token_id": 3, "pad_token_id": 0,
+}  # fmt: skip
+
+
+TOWER = {
+    "model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "image_size": pictures.SIZE, "patch_size": pictures.PATCH, "num_channels": 3,
+    "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128, "attention_dropout": 0.0,
+    "initializer_range": 0.02, "position_initializer_range": 0.5,
+}  # fmt: skip
+PROCESSOR = {
+    "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "resample": 3,
+    "size": {"height": pictures.SIZE, "width": pictures.SIZE}, "do_center_crop": False, "do_rescale": True,
+    "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
 }  # fmt: skip
 
 
@@ -85,6 +106,16 @@ def base_rows(n, seed=0):
     return found
 
 
+def seeing_rows(n, start=20_000):
+    """n rows: captions of pictures, questions that read one number of them, and base rows, a third each. The
+    pictures are of the train split, behind the first 20,000, which data.py's train split consists of."""
+    captions = pictures.caption_rows("train", n // 3, start=start)
+    reads = [{**row, "question": row["question"] + "\nAnswer briefly.", "solution": row["answer"]}
+             for row in pictures.perception_rows("train", n // 3, start=start)]  # fmt: skip
+    text = [{"id": f"text-{i}", **row} for i, row in enumerate(base_rows(n - 2 * (n // 3), seed=1))]
+    return captions + reads + text
+
+
 def train_tokenizer(texts):
     """Byte-level BPE: the world's words are one token each, so is each digit; any text round-trips."""
     backend = tokenizers.Tokenizer(models.BPE())
@@ -111,9 +142,17 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=60_000)
+    parser.add_argument("--pictures", action="store_true", help="what makes the vision base of the text base")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.pictures:
+        tower = args.out / "tower"
+        tower.mkdir(exist_ok=True)
+        (tower / "config.json").write_text(json.dumps(TOWER, indent=1) + "\n")
+        (tower / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=1) + "\n")
+        write_rows(seeing_rows(args.rows), args.out)
+        return
     rows = base_rows(args.rows)
     words = [
         row_of(make_scene(seed), wording=wording)["solution"] for seed in range(300) for wording in WORDINGS
@@ -135,9 +174,13 @@ def main():
     }
     for name, value in files.items():
         (args.out / name).write_text(json.dumps(value, indent=1) + "\n")
-    with open(args.out / "text.jsonl", "w", encoding="utf-8") as file:
+    write_rows(rows, args.out)
+
+
+def write_rows(rows, out):
+    with open(out / "text.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    print(f"{len(rows)} rows -> {args.out}")
+    print(f"{len(rows)} rows -> {out}")
 
 
 if __name__ == "__main__":
