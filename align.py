@@ -25,7 +25,7 @@ from tqdm import tqdm
 from minicot.config import AlignConfig, check, run
 from minicot.data import (check_pictures, collate, default_length, encode_row, image_reader, make_groups,
                           pairs, peek, read_problems, read_samples, refuse_shared, samples_to_row, schedule,
-                          seed_of, style_of, target, text_room, to_groups)
+                          seed_of, style_of, target, text_room, to_groups, truncate_words)
 from minicot.losses import (aft_loss, better_than, dpo_loss, ipo_loss, pro_loss, rrhf_loss, sequence_logps,
                             sft_loss)
 from minicot.metrics import accuracy, paired_difference, repeated_4grams
@@ -194,6 +194,8 @@ def read_groups(config, method, samples, tokenizer, context):
     if method.on_pairs:
         window = (config.pair_low, config.pair_high)
         samples = pairs(samples, max_pairs=config.max_pairs, window=window, seed=config.seed)
+    if config.truncate_words:
+        samples = truncate_words(samples, config.truncate_words)
     groups, counts = make_groups(tokenizer, samples, mode=config.mode, max_length=context,
                                  reference=config.reference and not method.on_pairs)
     if method.on_pairs:                                           # a pair that lost a member is none

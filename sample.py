@@ -4,6 +4,8 @@
     python sample.py "Tom has 3 apples. Ana has 4 more apples than Tom. How many apples does Ana have?"
     python sample.py --model runs/sft --split train --n 8 --out runs/samples.jsonl    # K = 8; may be resumed
     python sample.py --model runs/sft --evaluate --n 8             # accuracy, majority@8, pass@k
+    python sample.py --image picture.png "How many apples does Tom have?"        # a vision-language model
+    python sample.py --verifier runs/dpo --ref runs/sft --samples runs/samples.jsonl --out runs/scored.jsonl
 """
 
 import os
@@ -26,7 +28,8 @@ from minicot.metrics import accuracy, degeneration, majority_accuracy, pass_at_k
 from minicot.sampling import sample_groups
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures
-from minicot.training import pick_device, resolve, train_first, weights_digest, write_json
+from minicot.training import pick_device, resolve, train_first, weights_digest, write_json, write_jsonl
+from minicot.verifier import curves, log_ratio_scores
 from minicot.weights import load_model, read_json
 
 
@@ -148,12 +151,42 @@ def evaluate(config, groups, problems, folder):
     print(f"{time.perf_counter() - start:.0f} s -> {out}")
 
 
+# ---- DPO as verifier ---------------------------------------------------------------------------------------
+
+def verify(config, device):
+    """Score --samples by log pi - log pi_ref -> --out, and show how well choosing by it does."""
+    for name in ("samples", "ref", "out"):
+        check(getattr(config, name), f"--{name}", getattr(config, name), "a path, with --verifier")
+    groups = [samples for samples in read_samples(config.samples) if samples.responses]
+    check(groups, "--samples", config.samples, "samples with responses")
+    check(config.overwrite or not Path(config.out).exists(), "--out", config.out,
+          "a new file, or --overwrite")
+    folder = resolve(config.verifier)
+    tokenizer, dtype = Tokenizer(folder), getattr(torch, config.dtype)
+    model, ref = (load_model(path, dtype=dtype, device=device) for path in (folder, resolve(config.ref)))
+    check(Tokenizer(resolve(config.ref)).fingerprint == tokenizer.fingerprint, "--ref", config.ref,
+          "a model with the verifier's tokenizer")
+    scored = log_ratio_scores(model, ref, tokenizer, groups, name="dpo", mode=config.mode,
+                              reader=image_reader(model, tokenizer, folder))
+    scored = list(tqdm(scored, total=len(groups), unit="problem", disable=None))
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(config.out, map(samples_to_row, scored))
+    most = min(len(samples.responses) for samples in scored)
+    if all(samples.problem.answer is not None for samples in scored):
+        for n, ways in curves(scored, "dpo", sizes=[2**i for i in range(14) if 2**i <= most]).items():
+            print(f"n = {n}: " + ", ".join(f"{way} {sum(v) / len(v):.1%}" for way, v in ways.items()))
+    print(f"{len(scored)} problems scored -> {config.out}")
+
+
 # ---- the script --------------------------------------------------------------------------------------------
 
 def main(config):
     on_toy = config.data in ("toy", "toy-pictures")
     check(config.reward == "correct" or on_toy, "--reward", config.reward, "correct, for this --data")
     device = pick_device(config.device)
+    if config.verifier:
+        verify(config, device)
+        return
     showing = not (config.evaluate or config.out)
     if config.question is not None:
         check(config.question.strip(), "the question", config.question, "some words")
@@ -167,11 +200,12 @@ def main(config):
     vocabulary = model.config.vocab_size
     check(tokenizer.vocab_size <= vocabulary, "--model", str(folder),
           f"a tokenizer of at most {vocabulary} ids")
+    reader = image_reader(model, tokenizer, folder)
     settings = dict(mode=config.mode, style=config.style or style_of(config.data), top_k=config.top_k,
                     top_p=config.top_p, seed=config.seed, batch_size=config.batch_size,
                     max_new_tokens=config.max_new_tokens or default_length(config.data),
                     reward=step_grade if config.reward == "steps" else None,
-                    reader=image_reader(model, tokenizer, folder))
+                    reader=reader and dataclasses.replace(reader, blind=config.blind))
 
     def groups(problems, n=config.n, temperature=config.temperature):
         return sample_groups(model, tokenizer, problems, n=n, temperature=temperature, **settings)

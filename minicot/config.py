@@ -109,6 +109,10 @@ class SampleConfig(Flags):
     top_p: float = flag(1.0,
         "keep the likeliest tokens that hold this share of the probability", above=0, most=1)
     max_new_tokens: int = flag(0, "longest response in tokens (0 = 96 on toy, 256 elsewhere)", least=0)
+    blind: bool = flag(False, "control: show grey pictures instead of the problems' own")
+    samples: str = flag("", "samples.jsonl that --verifier scores")
+    verifier: str = flag("", "DPO model folder: add the scores log pi - log pi_ref to --samples -> --out")
+    ref: str = flag("", "--verifier: its reference model, the folder that DPO started from")
     reward: Literal["correct", "steps"] = flag("correct",
         "reward of a response; steps = the toy step oracle's grade")
     out: str = flag("", "file for the samples (jsonl), or for the results with --evaluate")
@@ -153,6 +157,8 @@ class AlignConfig(Flags):
     pair_low: float = flag(0.25,
         "DPO, IPO: least share of right responses of a problem used", least=0, most=1)
     pair_high: float = flag(0.85, "DPO, IPO: largest share", least=0, most=1)
+    truncate_words: int = flag(0,
+        "train on the first WORDS words of a response, without EOS (0 = all of it, with EOS)", least=0)
     out: str = flag("runs/aft", "folder for the model, metrics.jsonl and checkpoints")
     epochs: float = flag(1.0, "passes over the groups (ignored when --steps is given)", above=0, most=10**4)
     steps: int = flag(0, "optimizer steps (0 = as many as --epochs says)", least=0, most=10**6)

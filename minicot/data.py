@@ -522,12 +522,14 @@ class ImageReader:
     token_id: int
     n_tokens: int
     processor: ImageProcessor
+    blind: bool = False  # control: grey pictures
 
     def pixels(self, images):
         """[(picture, root)] -> list of (C,H,W). ValueError or OSError names the one that can't be read."""
         opened = [pictures.draw(name[4:]) if name.startswith("toy:") else load_image(name, root)
                   for name, root in images]  # fmt: skip
-        return [self.processor(image) for image in opened]
+        found = [self.processor(image) for image in opened]
+        return [torch.zeros_like(image) for image in found] if self.blind else found
 
     def expand(self, ids, problem_id, n_images):
         """Each placeholder id -> its n tokens. ValueError where there are not as many as pictures."""
@@ -719,6 +721,18 @@ def pairs(samples, *, max_pairs=3, window=(0.25, 0.85), seed):
             f"{list(window)}; allowed: a wider --pair-low, --pair-high, or more samples"
         )
     return found
+
+
+def truncate_words(samples, words):
+    """Samples whose responses keep their first `words` words (split at blanks, as LLaVA-Reasoner's code does,
+    which counts words and not tokens) and lose EOS: what is cut is not the model's to end, and that code
+    never scores EOS in DPO."""
+    def cut(response):
+        kept = response.text.split(" ")[:words]
+        ids = response.ids[:-1] if response.ids and response.finish == "stop" else response.ids
+        return replace(response, text=" ".join(kept), finish="length",
+                       ids=ids if len(kept) == len(response.text.split(" ")) else None)  # fmt: skip
+    return [replace(group, responses=list(map(cut, group.responses))) for group in samples]
 
 
 def make_groups(tokenizer, samples, *, mode, max_length, reference):

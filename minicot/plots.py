@@ -87,3 +87,28 @@ def scores_over_training(histories, path, window=15):
     axes.set(xlabel="step", ylabel="score (nats a token); right -, wrong - -")
     axes.legend(frameon=False)
     save(fig, path)
+
+
+def best_of_n(seeds, path):
+    """[{n: {way of choosing: share of each problem}}, one a seed] -> accuracy over n, a line a way."""
+    fig, axes = figure(6, 4)
+    for way in next(iter(seeds[0].values())):
+        shares = [[sum(seed[n][way]) / len(seed[n][way]) for n in seed] for seed in seeds]
+        means = [100 * sum(column) / len(seeds) for column in zip(*shares)]
+        axes.plot([int(n) for n in seeds[0]], means, marker="o", label=way)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([int(n) for n in seeds[0]], list(seeds[0]))
+    axes.set(xlabel="samples n", ylabel="accuracy (%)")
+    axes.legend(frameon=False)
+    save(fig, path)
+
+
+def log_ratios_along(tokens, path, title=""):
+    """[(token, log pi - log pi_ref)] along one response -> a bar a token."""
+    fig, axes = figure(max(6, 0.22 * len(tokens)), 3)
+    values = [value for _, value in tokens]
+    axes.bar(range(len(values)), values, color=["tab:green" if value > 0 else "tab:red" for value in values])
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(tokens)), [text for text, _ in tokens], rotation=90, fontsize=8)
+    axes.set(ylabel="log-ratio (nats)", title=title)
+    save(fig, path)

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "data": {"tokenizer", "answers", "images", "toy"},
     "scoring": {"model", "vision", "losses", "data"},
     "sampling": {"model", "vision", "tokenizer", "answers", "data"},
+    "verifier": {"model", "vision", "tokenizer", "answers", "data", "losses", "scoring"},
     "metrics": {"answers"},
     "training": {"weights"},
 }

@@ -16,7 +16,6 @@ each chain. CLAIMS were written down before the run.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +43,7 @@ from minicot.metrics import (
     rerank_accuracy,
     share_with_pair,
 )
-from minicot.recipes.cells import command, from_hex, judge, run_cell, to_hex
+from minicot.recipes.cells import claims_of, command, from_hex, judge, made_by, run_cell, to_hex
 from minicot.scoring import score
 from minicot.tokenizer import Tokenizer
 from minicot.training import ROOT, weights_digest, write_json, write_jsonl
@@ -78,9 +77,9 @@ FAST = Sizes(
     other_margins=(0.1,), other_ks=(2,),
 )
 SLICE = Sizes(
-    problems=32, k=4, batch_size=4, validation=64, test=64, pool=64, votes=1, lrs=(1e-5,), margins=(0.3,),
-    seeds=1, other_margins=(), other_ks=(),
-)  # of a real set on a CPU: every path once
+    problems=32, k=4, epochs=0.5, batch_size=4, validation=0, test=0, pool=64, votes=1, lrs=(1e-5,),
+    margins=(0.3,), seeds=1, other_margins=(), other_ks=(),
+)  # of a real set on a CPU: every path once, four steps of four questions; nothing is generated after it
 
 # Written down before the run. The difference ours - other goes "up" or "down", is "level" (does not lie below
 # minus 2 points), or ours alone is "below X".
@@ -106,8 +105,7 @@ e2|accuracy     |rank-pro-none    |vft         |down     |ranking feedback: PRO 
 e3|accuracy     |rank-aft-detached|vft         |level    |ranking feedback: AFT detached does not fall
 e4|accuracy     |rank-aft-boundary|vft         |level    |ranking feedback: AFT boundary does not fall
 """
-FIELDS = ("id", "metric", "ours", "other", "rule", "text")
-CLAIMS = [dict(zip(FIELDS, map(str.strip, line.split("|")))) for line in CLAIM_TABLE.strip().splitlines()]
+CLAIMS = claims_of(CLAIM_TABLE, ("id", "metric", "ours", "other", "rule", "text"))
 PAPER = {
     "vft": "36.48 (LLaMA-7B, GSM8K)",
     "aft-boundary": "40.43",
@@ -205,14 +203,14 @@ class Recipe:
         """One method at one seed: aligned, evaluated on the test problems, assessed -> its row."""
         vft = name == "vft"
         folder = self.folder("vft", seed) if vft else self.align(name, seed, lr, margin, *switches, k=k)
-        results = self.evaluate(folder, "test", self.args.test_split, self.sizes.test, self.sizes.votes, seed)
-        return {
-            "name": name,
-            "seed": seed,
-            "settings": {"lr": lr, "margin": margin},
-            "metrics": {**results["metrics"], **self.assess(folder / "model", seed)},
-            "correct": to_hex(results["correct"]),
-        }
+        row = {"name": name, "seed": seed, "settings": {"lr": lr, "margin": margin},
+               "metrics": self.assess(folder / "model", seed)}  # fmt: skip
+        if self.sizes.test:
+            test = (self.args.test_split, self.sizes.test, self.sizes.votes, seed)
+            results = self.evaluate(folder, "test", *test)
+            row["metrics"] |= results["metrics"]
+            row["correct"] = to_hex(results["correct"])
+        return row
 
     def ablation(self, label, name, settings, switches=(), k=None):
         """A cell at the first seed that differs from `name`'s in one thing, which `label` says."""
@@ -316,6 +314,8 @@ def numbers(cells, name, metric):
     """(seeds, problems) numbers of a cell name whose mean is the metric; [] where it did not run."""
     rows = []
     for cell in sorted((c for c in cells if c["name"] == name), key=lambda c: c["seed"]):
+        if metric == "accuracy" and "correct" not in cell:  # of a slice
+            return []
         if metric == "accuracy":
             rows.append(from_hex(cell["correct"]))
         elif metric == "reference_nll":
@@ -360,19 +360,14 @@ def table(results):
                 "repeated_4grams",
             )
         }
-        over = (
-            ""
-            if name == "vft"
-            else "{:+.1%} [{:+.1%}, {:+.1%}]".format(
-                *paired_difference(vft, numbers(cells, name, "accuracy"))
-            )
-        )
+        over = ""
+        if vft and name != "vft":
+            difference = paired_difference(vft, numbers(cells, name, "accuracy"))
+            over = "{:+.1%} [{:+.1%}, {:+.1%}]".format(*difference)
+        line = ("| {name} | {accuracy:.1%} | {over} | {majority:.1%} | {a_train:.1%} / {a_held:.1%} "
+                "| {reference_nll:.3f} | {missing_answers:.1%} | {repeated_4grams:.1%} | {paper} |")
         lines.append(
-            "| {name} | {accuracy:.1%} | {over} | {majority:.1%} | {a_train:.1%} / {a_held:.1%} "
-            "| {reference_nll:.3f} "
-            "| {missing_answers:.1%} | {repeated_4grams:.1%} | {paper} |".format(
-                name=name, over=over, paper=PAPER.get(name, ""), **mean
-            )
+            line.format(name=name, over=over, paper=PAPER.get(name, ""), **mean).replace("nan%", "")
         )
     lines += ["", "| claim | difference [95 %] | verdict |", "|---|---|---|"]
     lines += [
@@ -391,9 +386,10 @@ def draw(results, recipe, out):
     rows = [
         (name, *paired_difference(vft, numbers(cells, name, "accuracy")))
         for name in dict.fromkeys(cell["name"] for cell in cells)
-        if name != "vft"
+        if vft and name != "vft"
     ]
-    plots.differences(rows, "greedy accuracy over VFT", out / f"{recipe.root.name}_aft_differences.svg")
+    if vft:
+        plots.differences(rows, "greedy accuracy over VFT", out / f"{recipe.root.name}_aft_differences.svg")
     first = {cell["name"]: recipe.cell_folder(cell["name"], 0, *cell["settings"].values())
              for cell in cells if cell["seed"] == 0}
     logs = {name: (first[name] / "model" / "metrics.jsonl").read_text().splitlines()
@@ -451,7 +447,7 @@ def main(argv=None):
     sizes = replace(sizes, **{key: value for key, value in given.items() if value})
     recipe, started = Recipe(args, sizes), time.perf_counter()
     if args.device == "cpu":
-        os.environ["OMP_NUM_THREADS"] = "1" if args.jobs > 1 else "2"
+        os.environ.setdefault("OMP_NUM_THREADS", "1" if args.jobs > 1 else "2")
         torch.set_num_threads(1)
 
     methods = METHODS + RANKED if recipe.toy else METHODS
@@ -480,16 +476,9 @@ def main(argv=None):
             )
         )
         ablations = list(pool.map(lambda job: recipe.ablation(*job), ablation_jobs(sizes, chosen)))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     results = {
         "command": " ".join(["python -m minicot.recipes.aft", *(argv if argv is not None else sys.argv[1:])]),
-        "commit": commit.stdout.strip(),
-        "minutes": round((time.perf_counter() - started) / 60, 1),
-        "device": torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else f"CPU, {args.jobs} jobs of one thread",
+        **made_by(args, started),
         "sizes": asdict(sizes),
         "claims": judge_all(cells),
         "cells": slim(cells),

@@ -10,7 +10,10 @@ import shlex
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+
+import torch
 
 from minicot.metrics import mean_interval, paired_difference, verdict
 from minicot.training import write_json
@@ -56,6 +59,20 @@ def _run_cell(folder, commands, inputs, fresh):
     write_json(mark, done)
 
 
+def made_by(args, started):
+    """What a results file says of its making; minutes of this call alone, without cells that were there."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                            check=False)  # fmt: skip
+    gpu = args.device == "cuda" and torch.cuda.get_device_name()
+    return {"commit": commit.stdout.strip(), "minutes": round((time.perf_counter() - started) / 60, 1),
+            "device": gpu or f"CPU, {args.jobs} jobs of one thread"}  # fmt: skip
+
+
+def claims_of(table, fields):
+    """Lines "a|b|c" -> a dict a claim."""
+    return [dict(zip(fields, map(str.strip, line.split("|")))) for line in table.strip().splitlines()]
+
+
 def to_hex(bits):
     """0/1 a problem -> hex digits (a leading 1 keeps the zeros in front)."""
     return f"{int('1' + ''.join(map(str, bits)), 2):x}"
@@ -70,8 +87,8 @@ def judge(claim, ours, other=None):
     interval.
 
     rule: "up" | "down" (the difference ours - other), "level" (it does not lie below minus 2 points), or
-    "below X" (ours alone lies below X). Principle: written down before the run; holds, not seen or reversed
-    by the 95 % interval."""
+    "below X" (the difference, or without an other ours alone, lies below X). Principle: written down before
+    the run; holds, not seen or reversed by the 95 % interval."""
     rule = claim["rule"]
     difference, low, high = paired_difference(other, ours) if other else mean_interval(ours)
     if rule in ("up", "down"):

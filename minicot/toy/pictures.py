@@ -29,13 +29,13 @@ from minicot.toy.problems import FACTS, ITEMS, LINKS, NAMES, SPLITS, Quantity, S
 KINDS = ("rows", "bars", "table")
 PEOPLE = {"rows": (3, 4), "bars": (3,), "table": (3,)}       # how many there are in a picture
 LARGEST = {"rows": 12, "bars": 12, "table": 20}              # the numbers in it are 2 .. this
-DIFFICULTIES, DIFFICULTY_WEIGHTS = (2, 3), (3, 2)            # operations, and how often each is drawn
+DIFFICULTIES, DIFFICULTY_WEIGHTS = (2, 3), (3, 1)            # operations, and how often each is drawn
 SIZE, PATCH = 64, 8
 CAPTION_QUESTION = "How many does each have?"
 
 # How a step says what was read, for each of problems.WORDINGS. {p} owner, {c} number, {i} item.
-READINGS = {"plain": "{p} has {c}.", "items": "{p} has {c} {i}.", "so": "{p} has {c} {i}.", "colon": "{p}: {c}",
-            "bare": "{p}: {c}", "because": "{p} has {c}."}
+READINGS = {"plain": "{p} has {c}.", "items": "{p} has {c} {i}.", "so": "{p} has {c} {i}.",
+            "colon": "{p}: {c}", "bare": "{p}: {c}", "because": "{p} has {c}."}
 
 LETTERS = """
 .##. ###. #### ###. ..## #..# #... #..# #..# .##. .### ###. #..# #..# ####
@@ -97,9 +97,9 @@ def _try_picture(rng, scene_id, kind, difficulty):
                   in zip(((who, thing) for who in people for thing in items), numbers)]
     unread = [place for place, quantity in enumerate(quantities) if quantity.item == item]
     rng.shuffle(unread)
-    ask, last, shown = rng.choices(("value", "total", "difference"), (2, 3, 2))[0], unread.pop(), len(quantities)
+    ask, last = rng.choices(("value", "total", "difference"), (1, 3, 2))[0], unread.pop()
     for _ in range(difficulty - (ask != "value")):
-        joins = unread and rng.random() < (0.4 if ask != "value" else 0.6)
+        joins = unread and rng.random() < (0.25 if ask != "value" else 0.6)
         made, of = ("sum", (last, unread.pop())) if joins else (rng.choice(LINKS), (last,))
         quantities.append(problems._new(rng, made, names.pop(), item, quantities, of))
         if quantities[-1] is None:
@@ -112,6 +112,7 @@ def _try_picture(rng, scene_id, kind, difficulty):
         of = (last, unread.pop())
         if ask == "difference" and quantities[of[0]].value < quantities[of[1]].value:
             of = of[::-1]
+    shown = len(numbers)
     told = list(range(shown, len(quantities)))
     if rng.random() < 0.2:
         rng.shuffle(told)
@@ -223,8 +224,9 @@ def perception_rows(split: str, n: int, *, start: int = 0, kind: str | None = No
     for scene in _scenes(split, n, start, kind):
         fact = random.Random(f"fact {scene.id}").randrange(len(in_picture(scene)))
         asked = scene.quantities[fact]
-        found.append({"id": f"{scene.id}-fact{fact}", "question": f"How many {asked.item} does {asked.who} have?",
-                      "answer": str(asked.value), "fact": fact, "image": f"toy:{scene.id}"})
+        question = f"How many {asked.item} does {asked.who} have?"
+        found.append({"id": f"{scene.id}-fact{fact}", "question": question, "answer": str(asked.value),
+                      "fact": fact, "image": f"toy:{scene.id}"})
     return found
 
 
@@ -246,7 +248,8 @@ def glyphs() -> dict:
     found = {}
     for names, art in (("ABEIJKLMNOSTVXZ", LETTERS), ("0123456789", DIGITS), (ITEMS, THINGS)):
         lines = [line.split() for line in art.split("\n") if line]
-        found |= {name: np.array([[c == "#" for c in line[i]] for line in lines]) for i, name in enumerate(names)}
+        for i, name in enumerate(names):
+            found[name] = np.array([[c == "#" for c in line[i]] for line in lines])
     return found
 
 

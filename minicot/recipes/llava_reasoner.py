@@ -1,0 +1,316 @@
+"""LLaVA-Reasoner, "Improve Vision Language Model Chain-of-thought Reasoning" (arXiv 2410.16198), on toy
+pictures.
+
+    python -m minicot.recipes.llava_reasoner             # 3 seeds, more than an hour on two CPU cores
+    python -m minicot.recipes.llava_reasoner --fast      # a small part of the work, one seed
+
+The path (paper, sections 3 and 4): a noisy teacher writes chains, those that miss the gold answer are dropped
+-> four SFT mixes from the same base that sees (format only: a small set, few passes; direct; CoT; both; the
+last three at equal steps), each read out with the direct and the CoT prompt -> from "both": 32 chains a
+question, 0.25 <= share right <= 0.85, at most 3 pairs a question, cut to their first W words, no EOS ->
+DPO, beta 0.1, summed log-probabilities, frozen reference, tower and projector frozen. Controls: whole pairs;
+RFT on the same right chains; as many pairs of another model (the CoT mix of another seed) as generic
+preference data. Then the DPO model ranks 32 samples a question (best-of-n, weighted vote against majority).
+Learning rates: each method over the same grid at the first seed, chosen by CoT accuracy on validation
+problems. CLAIMS were written down before the run.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from minicot import plots
+from minicot.answers import extract_answer, is_correct
+from minicot.data import pairs, read_samples, samples_to_row
+from minicot.metrics import paired_difference
+from minicot.recipes.cells import claims_of, command, from_hex, judge, made_by, run_cell, to_hex
+from minicot.toy import pictures, teacher
+from minicot.training import ROOT, write_json, write_jsonl
+from minicot.verifier import curves
+
+RUNS, RESULTS = Path("runs/llava_reasoner"), ROOT / "minicot" / "recipes" / "results"
+MIXES = ("format", "direct", "cot", "both")
+METHODS = ("dpo", "dpo-uncut", "dpo-off-policy", "rft")
+MODES = ("direct", "cot")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    taught: int = 10_000  # training problems that the teacher answers
+    error_rate: float = 0.25  # ... wrongly
+    steps: int = 300  # of the direct, CoT and both mixes, alike
+    batch_size: int = 32
+    lr: float = 1.5e-3
+    format_rows: int = 48  # problems of the format-only mix, each with both prompts
+    format_steps: int = 9
+    sampled: int = 1000  # training problems that DPO samples
+    k: int = 32
+    validation: int = 500
+    test: int = 1000
+    pool: int = 300  # test problems of the verifier
+    lrs: tuple = (3e-6, 1e-5, 3e-5, 1e-4)
+    seeds: int = 3
+
+
+FAST = Sizes(
+    taught=2000, steps=60, sampled=100, k=8, validation=100, test=200, pool=50, lrs=(1e-5,), seeds=1
+)
+
+# id, ours, other, rule, text; a cell is <model>@<prompt>, "mean" the mean over both prompts, and
+# "<way>:<n>" a way of choosing among n samples. Written down before the run.
+CLAIM_TABLE = """
+a1|direct@cot |format@cot       |below 0.05|direct SFT lifts CoT by less than 5 points over format only
+a2|direct@cot |cot@cot          |down      |... and leaves it below CoT SFT
+b1|cot@cot    |format@cot       |up        |CoT SFT lifts CoT
+b2|cot@direct |format@direct    |up        |CoT SFT also lifts direct
+c1|both@mean  |direct@mean      |up        |both beat direct over the two prompts, at equal steps
+c2|both@mean  |cot@mean         |up        |both beat CoT over the two prompts, at equal steps
+d1|dpo@cot    |both@cot         |up        |DPO on own chains lifts CoT
+d2|dpo@cot    |dpo-off-policy@cot|up       |... more than another model's pairs
+d3|dpo@cot    |rft@cot          |level     |... and does not lie below RFT on the same right chains
+e1|vote:32    |majority:32      |up        |weighted vote by the log-ratio beats majority at the largest n
+e2|best:32    |majority:32      |up        |best-of-n by the log-ratio beats majority at the largest n
+f1|dpo@cot    |dpo-uncut@cot    |up        |cut pairs beat whole ones
+g1|blind@cot  |                 |below 0.15|without the picture, accuracy falls to the text prior (< 15 %)
+"""
+CLAIMS = claims_of(CLAIM_TABLE, ("id", "ours", "other", "rule", "text"))
+PAPER = {"format": (65.5, 62.7), "direct": (71.1, 65.6), "cot": (69.7, 73.2), "both": (72.8, 74.4),
+         "dpo-off-policy": (73.0, 74.6), "dpo": (73.0, 75.3)}  # average over its 8 sets: direct, CoT
+
+
+def distill(sizes):
+    """The teacher's chains for the training problems, and which of them the gold answer lets through -> rows
+    that are kept and a count of each kind of mistake, kept and dropped."""
+    kept, counts = [], {}
+    for row in pictures.rows("train", sizes.taught):
+        told = teacher.teach(row, random.Random(f"teacher {row['id']}"), sizes.error_rate)
+        right = is_correct(extract_answer(told["solution"], "hash"), row["answer"])
+        if right:
+            kept.append({key: row[key] for key in ("id", "question", "answer", "image")}
+                        | {"solution": told["solution"]})
+        counts.setdefault(told["kind"], [0, 0])[0 if right else 1] += 1
+    return kept, counts
+
+
+class Recipe:
+    """Folders and commands of the cells, runs/llava_reasoner/<set>/<cell>-s<seed>/."""
+
+    def __init__(self, args, sizes):
+        self.args, self.sizes = args, sizes
+        self.root = RUNS / ("toy-fast" if args.fast else "toy")
+
+    def folder(self, name, seed, lr=None):
+        return self.root / (name + ("" if lr is None else f"-lr{lr:g}") + f"-s{seed}")
+
+    def run(self, folder, words, inputs=()):
+        run_cell(folder, [words], inputs, fresh=self.args.fresh)
+
+    def distill(self):
+        kept, self.counts = distill(self.sizes)
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_jsonl(self.root / "taught.jsonl", kept)
+        words = [len(row["solution"].split(" ")) for row in kept]
+        self.words = round(0.9 * sum(words) / len(words))       # the paper: 90 of about 100
+
+    def mix(self, name, seed):
+        """SFT of one mix -> its folder."""
+        s, folder, taught = self.sizes, self.folder(name, seed), self.root / "taught.jsonl"
+        few = name == "format"
+        words = command(
+            "train.py", "--overwrite", init=self.args.init, data=taught, mode="both" if few else name,
+            limit=s.format_rows if few else None, steps=s.format_steps if few else s.steps, lr=s.lr,
+            batch_size=s.batch_size, save_every=0, seed=seed, out=folder / "model", device=self.args.device,
+        )  # fmt: skip
+        self.run(folder, words, [taught])
+        return folder
+
+    def sample(self, name, seed, split, limit):
+        """K chains a question by a mix's model -> the file."""
+        folder, file = self.folder(name, seed), self.folder(name, seed) / f"samples-{split}.jsonl"
+        words = command("sample.py", "--overwrite", model=folder / "model", data="toy-pictures", split=split,
+                        limit=limit, n=self.sizes.k, seed=seed, batch_size=256, out=file,
+                        device=self.args.device)  # fmt: skip
+        self.run(folder / f"sampling-{split}", words, [folder / "model" / "model.safetensors"])
+        return file
+
+    def pairs(self, seed):
+        """The pairs of the policy's own chains, and as many of another model's -> their files."""
+        files, found = {}, {}
+        other = (seed + 1) % max(2, self.sizes.seeds)
+        for name, source in (("own", ("both", seed)), ("other", ("cot", other))):
+            samples = read_samples(self.sample(*source, "train", self.sizes.sampled))
+            found[name] = pairs(samples, max_pairs=3, window=(0.25, 0.85), seed=seed)
+        most = min(map(len, found.values()))
+        for name, two in found.items():
+            two = random.Random(f"{name} {seed}").sample(two, most)
+            files[name] = self.folder("both", seed) / f"pairs-{name}.jsonl"
+            write_jsonl(files[name], [
+                samples_to_row(replace(pair, problem=replace(pair.problem, id=f"{pair.problem.id}/{i}")))
+                for i, pair in enumerate(two)])
+        return files
+
+    def align(self, name, seed, lr):
+        start, folder = self.folder("both", seed), self.folder(name, seed, lr)
+        samples = self.files[seed]["other" if name == "dpo-off-policy" else "own"]
+        words = command(
+            "align.py", "--overwrite", "--no-reference", method=name.partition("-")[0], init=start / "model",
+            samples=samples, lr=lr, batch_size=8, pair_low=0, pair_high=1, eval_limit=1, seed=seed,
+            truncate_words=None if name in ("dpo-uncut", "rft") else self.words, probe_every=0, save_every=0,
+            out=folder / "model", device=self.args.device,
+        )  # fmt: skip
+        self.run(folder, words, [samples, start / "model" / "model.safetensors"])
+        return folder
+
+    def evaluate(self, folder, mode, split, limit, *switches):
+        out = folder / f"{split}-{mode}{''.join(switches)}" / "results.json"
+        words = command("sample.py", "--evaluate", *switches, model=folder / "model", data="toy-pictures",
+                        split=split, limit=limit, mode=mode, batch_size=256, out=out,
+                        device=self.args.device)  # fmt: skip
+        self.run(out.parent, words, [folder / "model" / "model.safetensors"])
+        return json.loads(out.read_text())
+
+    def validate(self, name, lr):
+        folder = self.align(name, 0, lr)
+        found = self.evaluate(folder, "cot", "validation", self.sizes.validation)["metrics"]
+        return {"name": name, "lr": lr, "accuracy": found["accuracy"], "missing": found["missing_answers"]}
+
+    def cell(self, name, seed, lr=None):
+        """A model read out with both prompts on the test problems -> rows <name>@direct and <name>@cot."""
+        folder, blind = self.folder(name, seed, lr), ("--blind",) if name == "blind" else ()
+        folder = self.folder("both", seed) if blind else folder
+        found = {mode: self.evaluate(folder, mode, "test", self.sizes.test, *blind) for mode in MODES}
+        return [{"name": f"{name}@{mode}", "seed": seed, "settings": {"lr": lr},
+                 "metrics": results["metrics"], "correct": to_hex(results["correct"])}
+                for mode, results in found.items()]
+
+    def verify(self, seed, lr):
+        """The verifier's curves on samples of the mix "both" -> (share of each problem by way and n)."""
+        start, dpo = self.folder("both", seed), self.folder("dpo", seed, lr)
+        pool, out = self.sample("both", seed, "test", self.sizes.pool), dpo / "scored.jsonl"
+        words = command("sample.py", "--overwrite", verifier=dpo / "model", ref=start / "model", samples=pool,
+                        out=out, device=self.args.device)  # fmt: skip
+        self.run(dpo / "scoring", words, [pool, dpo / "model" / "model.safetensors"])
+        sizes = [n for n in (1, 2, 4, 8, 16, 32) if n <= self.sizes.k]
+        return curves(read_samples(out), "dpo", sizes=sizes)
+
+
+def numbers(results, name):
+    """(seeds, problems) numbers whose mean is what a claim's name stands for; [] where it did not run."""
+    if ":" in name:
+        way, n = name.split(":")
+        return [seed.get(n, {}).get(way, []) for seed in results["curves"]]
+    model, mode = name.split("@")
+    if mode == "mean":
+        two = [numbers(results, f"{model}@{one}") for one in MODES]
+        return [[(a + b) / 2 for a, b in zip(*rows)] for rows in zip(*two)]
+    rows = [cell for cell in results["cells"] if cell["name"] == name]
+    return [from_hex(cell["correct"]) for cell in sorted(rows, key=lambda cell: cell["seed"])]
+
+
+def judge_all(results):
+    found = []
+    for claim in CLAIMS:
+        ours, other = (numbers(results, claim[side]) if claim[side] else [] for side in ("ours", "other"))
+        if ours and all(ours) and (not claim["other"] or (other and all(other))):
+            found.append(judge(claim, ours, other))
+    return found
+
+
+def table(results):
+    """Results -> the README's tables, in Markdown."""
+    lines = ["| model | direct prompt | CoT prompt | CoT over both [95 %] | no answer (CoT) | paper: direct, "
+             "CoT |", "|---|---|---|---|---|---|"]
+    models = dict.fromkeys(cell["name"].split("@")[0] for cell in results["cells"])
+    mean = lambda rows: sum(map(sum, rows)) / sum(map(len, rows))
+    for model in models:
+        rows = {mode: numbers(results, f"{model}@{mode}") for mode in MODES}
+        over = paired_difference(numbers(results, "both@cot"), rows["cot"])
+        missing = [cell["metrics"]["missing_answers"] for cell in results["cells"]
+                   if cell["name"] == f"{model}@cot"]
+        paper = "{} / {}".format(*PAPER[model]) if model in PAPER else ""
+        shown = "" if model == "both" else "{:+.1%} [{:+.1%}, {:+.1%}]".format(*over)
+        lines.append(f"| {model} | {mean(rows['direct']):.1%} | {mean(rows['cot']):.1%} | {shown} "
+                     f"| {sum(missing) / len(missing):.1%} | {paper} |")
+    sizes = list(results["curves"][0])
+    lines += ["", "| choosing among n | " + " | ".join(f"n = {n}" for n in sizes) + " |",
+              "|---|" + "---|" * len(sizes)]
+    for way in results["curves"][0][sizes[0]]:
+        shares = [mean([seed[n][way] for seed in results["curves"]]) for n in sizes]
+        lines.append(f"| {way} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
+    lines += ["", "| claim | difference [95 %] | verdict |", "|---|---|---|"]
+    lines += [f"| {c['id']}. {c['text']} | {c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}] "
+              f"| {c['verdict']} |" for c in results["claims"]]
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--init", default="toy-vision", help="base model folder that sees")
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--fast", action="store_true", help="a small part of the work; no results file")
+    parser.add_argument("--fresh", action="store_true", help="run every cell again")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at once (CPU: one thread each)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--table", action="store_true", help="print the tables of the committed results")
+    args = parser.parse_args(argv)
+    if args.table:
+        print(table(json.loads((RESULTS / "llava_reasoner.json").read_text())))
+        return
+    sizes = FAST if args.fast else Sizes()
+    sizes = replace(sizes, seeds=args.seeds or sizes.seeds)
+    recipe, started, seeds = Recipe(args, sizes), time.perf_counter(), range(sizes.seeds)
+    if args.device == "cpu":
+        os.environ["OMP_NUM_THREADS"] = "1" if args.jobs > 1 else "2"
+        torch.set_num_threads(1)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        each = lambda function, jobs: list(pool.map(lambda job: function(*job), jobs))
+        recipe.distill()
+        more = () if sizes.seeds > 1 else (("cot", 1),)         # another model, for the pairs off policy
+        each(recipe.mix, [(name, seed) for seed in seeds for name in MIXES] + list(more))
+        each(recipe.sample, [(name, seed, "train", sizes.sampled) for seed in range(max(2, sizes.seeds))
+                             for name in ("both", "cot") if recipe.folder(name, seed).exists()])
+        recipe.files = {seed: recipe.pairs(seed) for seed in seeds}
+        grid = each(recipe.validate, [(name, lr) for name in METHODS for lr in sizes.lrs])
+        chosen = {}
+        for one in sorted(grid[::-1], key=lambda one: one["accuracy"]):  # the first of equals
+            chosen[one["name"]] = one["lr"]
+        each(recipe.align, [(name, seed, lr) for seed in seeds for name, lr in chosen.items()])
+        models = [(name, None) for name in MIXES] + list(chosen.items()) + [("blind", None)]
+        cells = each(recipe.cell, [(name, seed, lr) for name, lr in models for seed in seeds])
+        found = each(recipe.verify, [(seed, chosen["dpo"]) for seed in seeds])
+    results = {
+        "command": " ".join(["python -m minicot.recipes.llava_reasoner", *(argv or sys.argv[1:])]),
+        **made_by(args, started),
+        "sizes": asdict(sizes),
+        "teacher": {kind: dict(zip(("kept", "dropped"), both)) for kind, both in recipe.counts.items()},
+        "words": recipe.words,
+        "pairs": [sum(1 for _ in open(recipe.files[seed]["own"])) for seed in seeds],
+        "cells": [row for rows in cells for row in rows],
+        "grid": grid,
+        "curves": [{str(n): {way: [round(x, 4) for x in shares] for way, shares in ways.items()}
+                    for n, ways in one.items()} for one in found],
+    }
+    results["claims"] = judge_all(results)
+    out = recipe.root / "results" if args.fast else RESULTS
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "llava_reasoner.json", results, indent=None)
+    plots.best_of_n(results["curves"], out / "llava_reasoner_verifier.svg")
+    print(table(results))
+    print(f"{results['minutes']} minutes -> {out / 'llava_reasoner.json'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from None
