@@ -4,13 +4,16 @@ Read in this order:
 
     losses.py      every loss, pure functions of tensors: what the papers are about
     model.py       the decoder that the losses train (Llama, Mistral, Qwen)
+    vision.py      a CLIP or SigLIP encoder and a projector that give the decoder eyes (LLaVA)
     weights.py     Hugging Face folders in and out
     tokenizer.py   text <-> ids, and the chat template
     answers.py     what the answer of a response is, and whether it is right
-    toy/           a small world of problems whose truth is known
+    images.py      picture files -> pixels
+    toy/           a small world of problems, told and drawn, whose truth is known
     data.py        problems and graded responses -> batches of tensors
-    scoring.py     log-probabilities of a batch
+    scoring.py     log-probabilities of a batch, shared prompts computed once
     sampling.py    new responses, graded
+    verifier.py    choosing among responses: best-of-n, weighted vote
     metrics.py     accuracies with intervals
     training.py    what a training loop needs besides the loop, which stands in train.py
 """

@@ -46,7 +46,7 @@ class TrainConfig(Flags):
 
     task: Literal["sft"] = flag("sft", "what to learn: sft = next-token loss on the solution's tokens")
     init: str = flag("toy",
-        "model folder to start from; a config.json means random weights; toy, toy-vision = the shipped bases")
+        "model folder to start from; a config.json means random weights; toy = the shipped base")
     tokenizer: str = flag("", "folder of the tokenizer (default: the folder of --init)")
     vision: str = flag("", "give a text model eyes: folder of a CLIP or SigLIP tower, with its "
         "preprocessor_config.json; its config.json: random weights")

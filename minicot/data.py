@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from minicot.answers import extract_answer, is_correct
-from minicot.images import ImageProcessor, load_image
+from minicot.images import ImageProcessor, load_image, locate
 from minicot.toy import pictures
 from minicot.toy import problems as toy
 
@@ -159,6 +159,8 @@ def problem_from_row(row, where, line_number):
     found["id"] = str(found.get("id", line_number))
     if "image" in found:  # relative to the file that names it
         found.setdefault("image_root", str(Path(where.rpartition(":")[0]).parent.resolve()))
+        for name in [found["image"]] if isinstance(found["image"], str) else found["image"]:
+            check_image(name, found["image_root"], where)
     if "answer" in found:
         found["answer"] = str(found["answer"])
     if len(found.get("choices", [])) > len(LETTERS):
@@ -166,6 +168,15 @@ def problem_from_row(row, where, line_number):
     if "choices" in found and "answer" in found and found["answer"] not in LETTERS[: len(found["choices"])]:
         raise ValueError(f"{where}: answer is {found['answer']!r}; allowed: a letter of its choices")
     return Problem(**found)
+
+
+def check_image(name, root, where):
+    """Refuse, by its row, a picture that is not there or not inside its folder; it is read later."""
+    try:
+        if not name.startswith("toy:"):
+            locate(name, root)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def response_from_row(row, where):
@@ -302,8 +313,23 @@ def arithmetic_row(row, number, stem):
     return {"id": row["id"], "question": row["question"], "answer": row["answer"]}
 
 
+def tabmwp_row(row, number, stem):
+    """Lu et al. 2023, TabMWP: problems_<split>.json beside tables/<id>.png, questions on pictured tables; or
+    JSON lines that name their `image`. The published solutions don't mark the answer: a line is added."""
+    choices, answer = row["choices"], row["answer"]
+    return {
+        "id": f"tabmwp-{row['id']}",
+        "question": row["question"],
+        "choices": choices,
+        "answer": LETTERS[choices.index(answer)] if choices else answer,
+        "solution": f"{row['solution'].strip()}\n#### {answer}",
+        "image": row.get("image") or f"tables/{row['id']}.png",
+    }
+
+
 def read_rows(path):
-    """Yield (line or element number, object) of JSON lines, of a JSON array (.json) or of a table (.csv)."""
+    """Yield (line or element number, object) of JSON lines, of a JSON array or an object of objects by id
+    (.json), or of a table (.csv)."""
     if path.suffix not in (".json", ".csv") or not path.is_file():
         yield from read_jsonl(path)
         return
@@ -312,6 +338,8 @@ def read_rows(path):
             found = json.load(file) if path.suffix == ".json" else list(csv.DictReader(file))
     except (ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"{path}: not {path.suffix[1:].upper()} ({error})") from None
+    if isinstance(found, dict) and found and all(isinstance(row, dict) for row in found.values()):
+        found = [{"id": id_, **row} for id_, row in found.items()]
     if not isinstance(found, list):
         raise ValueError(f"{path}: holds a JSON {type(found).__name__}, expected an array")
     yield from enumerate(found, 1)
@@ -322,6 +350,7 @@ KNOWN_SETS = {
     "gsm8k": (gsm8k_row, "hash", {}),
     "aqua": (aqua_row, "letter", {"validation": "dev"}),
     "ecqa": (ecqa_row, "letter", {"validation": "val"}),
+    "tabmwp": (tabmwp_row, "hash", {"validation": "dev"}),
     **{name: (arithmetic_row, "hash", {}) for name in ("svamp", "multiarith", "addsub", "singleeq")},
 }
 TOYS = {"toy": toy.rows, "toy-pictures": pictures.rows}
@@ -356,8 +385,8 @@ def read_problems(spec, split="train", *, limit=0):
         reader, _, file_names = KNOWN_SETS[name]
         source, split = Path(path), file_names.get(split, split)
         if source.is_dir():
-            table = source / f"cqa_data_{split}.csv"
-            source = table if table.is_file() else source / f"{split}.jsonl"
+            published = [source / f"cqa_data_{split}.csv", source / f"problems_{split}.json"]
+            source = next((file for file in published if file.is_file()), source / f"{split}.jsonl")
         rows = ((number, convert(reader, row, number, source)) for number, row in read_rows(source))
     elif spec.endswith(".jsonl"):
         source = Path(spec)
@@ -419,7 +448,7 @@ def grade(problem, text, *, mode, style):
     None without a gold answer. An answer that spells out a choice counts as its letter."""
     answer = extract_answer(text, style) if mode != "direct" else text.strip() or None
     if answer is not None and problem.choices:
-        spelled = [choice.strip().lower() for choice in problem.choices]
+        spelled = [choice.strip().lower().rstrip(".") for choice in problem.choices]
         if answer.lower().rstrip(".") in spelled:
             answer = LETTERS[spelled.index(answer.lower().rstrip("."))]
     return answer, None if problem.answer is None else is_correct(answer, problem.answer)

@@ -1,10 +1,10 @@
 """Image files -> tensors, as a model folder's preprocessor_config.json says.
 
 The steps are those of transformers' CLIPImageProcessor, SiglipImageProcessor and LlavaImageProcessor in their
-PIL versions, in their order: RGB, pad to a square (Llava), resize, crop the centre, rescale, normalise. The
-results are equal to the last bit. The versions on torchvision (once called ...Fast) resize tensors by a
-filter of their own, which moves single values by about 1/255, and where a picture is smaller than the crop
-they may put it one pixel further to the left or top.
+Pillow versions, in their order: RGB, pad to a square (Llava), resize, crop the centre, rescale, normalise.
+The results are equal to the last bit. The torchvision versions (once called ...Fast) resize with a filter of
+their own: values differ by 1/255 here and there, by up to 20/255 at sharp edges of a picture that grows; and
+where a picture is smaller than the crop it may lie one pixel further to the left or top.
 
 Letters: I images, C channels (3), H height, W width.
 """
@@ -46,7 +46,7 @@ def load_image(path, root=None) -> Image.Image:
     With `root`, a relative path starts there, and the file must lie inside, links followed. FileNotFoundError
     where there is none; ValueError for a path that leaves root, for what is no such picture, is broken, or
     holds more than MAX_PIXELS (read in the header, before anything is decoded)."""
-    file, where = _locate(path, root), f"image {str(path)!r}"
+    file, where = locate(path, root), f"image {str(path)!r}"
     try:
         image = Image.open(file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -54,8 +54,8 @@ def load_image(path, root=None) -> Image.Image:
     except Exception:  # noqa: BLE001 - a broken header may raise anything
         with open(file, "rb") as opened:
             start = opened.read(12)
-        raise ValueError(f"{where}: found no readable {', '.join(FORMATS)} (its first bytes are {start}); "
-                         "allowed: these three") from None
+        raise ValueError(f"{where}: found no picture that can be read (its first bytes are {start}); "
+                         f"allowed: {', '.join(FORMATS)}") from None
     with image:
         width, height = image.size
         if width * height > MAX_PIXELS:
@@ -68,7 +68,7 @@ def load_image(path, root=None) -> Image.Image:
                              "allowed: a whole one") from None
 
 
-def _locate(path, root):
+def locate(path, root):
     """The file of a path below root, checked to be inside it, to be there, a file, and not empty."""
     where, file = f"image {str(path)!r}", Path(path) if root is None else Path(root, path)
     try:

@@ -152,6 +152,7 @@ def generate(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_k=0, t
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     slots = min(len(prompts), max(1, max_rows // n)) if max_rows else len(prompts)
     cache = DecodeCache(model.config, slots, n, longest, max_new_tokens, dtype=dtype, device=device)
+    placeholder = model.vlm_config.image_token_id if hasattr(model, "vlm_config") else -1
     stop, waiting = set(stop_ids), list(range(len(prompts)))[::-1]
     responses = [[[] for _ in range(n)] for _ in prompts]
     owner, live = [None] * slots, torch.zeros(slots * n, dtype=torch.bool)  # a slot's prompt; rows at work
@@ -160,8 +161,8 @@ def generate(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_k=0, t
     def advance(rows, logits):
         """Choose the next token of these rows, note it, and note who is done."""
         at = [len(responses[owner[r // n]][r % n]) for r in rows]
-        if hasattr(model, "vlm_config"):
-            logits[:, model.vlm_config.image_token_id:][:, :1] = -torch.inf        # no model draws a picture
+        if 0 <= placeholder < logits.shape[-1]:
+            logits[:, placeholder] = -torch.inf                     # no model draws a picture
         drawn = torch.from_numpy(uniforms[rows, at]).to(device) if temperature else None
         chosen = choose(logits, drawn, temperature, top_k, top_p).cpu()
         tokens[rows] = chosen

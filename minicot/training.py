@@ -46,9 +46,8 @@ def train_first(out="runs/sft"):
 
 
 def resolve(init):
-    """--init: "toy" and "toy-vision" are the shipped base models; anything else is a path."""
-    shipped = {"toy": "base", "toy-vision": "vision_base"}
-    return ROOT / "minicot" / "toy" / shipped[init] if init in shipped else Path(init)
+    """--init: "toy" is the shipped base model; anything else is a path."""
+    return ROOT / "minicot" / "toy" / "base" if init == "toy" else Path(init)
 
 
 def lr_at(step, total, peak, warmup):

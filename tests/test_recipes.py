@@ -63,6 +63,15 @@ def test_the_table_has_a_row_a_cell_and_a_row_a_claim():
     assert len({line.count("|") for line in lines[:8]}) == 1 and "nan" not in "".join(lines)
 
 
+def test_the_table_shows_the_grid_and_the_ablations():
+    grid = [{"name": name, "lr": lr, "margin": None, "accuracy": 0.4 + lr} for name in ("rft", "aft-none")
+            for lr in (0.01, 0.02)]  # fmt: skip
+    full = {**results(), "grid": grid, "ablations_one_seed": [cell("aft-detached, K = 2", 0, 0.5)]}
+    lines = aft.table(full).splitlines()
+    assert "| rft | 41.0% | 42.0% |" in lines
+    assert sum(line.startswith("| aft-detached, K = 2 | ") for line in lines) == 1
+
+
 def test_a_cell_runs_again_only_when_its_commands_or_inputs_change(tmp_path, capsys):
     (tmp_path / "input").write_text("one")
     script = tmp_path / "count.py"

@@ -375,7 +375,28 @@ def table(results):
         f"| {c['verdict']} |"
         for c in results["claims"]
     ]
+    if results.get("grid"):
+        lines += grid_table(results["grid"])
+    if results.get("ablations_one_seed"):
+        first = [numbers(cells, "vft", "accuracy")[0]]
+        lines += ["", "| ablation, one seed | accuracy | over VFT [95 %, one seed] | A-accuracy held-out |",
+                  "|---|---|---|---|"]  # fmt: skip
+        for cell in results["ablations_one_seed"]:
+            over = paired_difference(first, [from_hex(cell["correct"])])
+            lines.append("| {} | {:.1%} | {:+.1%} [{:+.1%}, {:+.1%}] | {:.1%} |".format(
+                cell["name"], cell["metrics"]["accuracy"], *over, cell["metrics"]["a_held"]))  # fmt: skip
     return "\n".join(lines)
+
+
+def grid_table(grid):
+    """The whole grid: accuracy on validation problems, a row a method, a column a learning rate."""
+    lrs = sorted({one["lr"] for one in grid})
+    lines = ["", "| grid, first seed, validation | " + " | ".join(f"lr {lr:g}" for lr in lrs) + " |",
+             "|---|" + "---|" * len(lrs)]  # fmt: skip
+    for name in dict.fromkeys(one["name"] for one in grid):
+        shown = {one["lr"]: f"{one['accuracy']:.1%}" for one in grid if one["name"] == name}
+        lines.append(f"| {name} | " + " | ".join(shown[lr] for lr in lrs) + " |")
+    return lines
 
 
 def draw(results, recipe, out):

@@ -1,7 +1,7 @@
 """LLaVA-Reasoner, "Improve Vision Language Model Chain-of-thought Reasoning" (arXiv 2410.16198), on toy
 pictures.
 
-    python -m minicot.recipes.llava_reasoner             # 3 seeds, more than an hour on two CPU cores
+    python -m minicot.recipes.llava_reasoner             # 3 seeds; first make --init, see toy/base_text.py
     python -m minicot.recipes.llava_reasoner --fast      # a small part of the work, one seed
 
 The path (paper, sections 3 and 4): a noisy teacher writes chains, those that miss the gold answer are dropped
@@ -28,13 +28,15 @@ from pathlib import Path
 import torch
 
 from minicot import plots
-from minicot.answers import extract_answer, is_correct
-from minicot.data import pairs, read_samples, samples_to_row
+from minicot.answers import extract_answer, is_correct, split_steps
+from minicot.data import image_reader, pairs, read_samples, samples_to_row
 from minicot.metrics import paired_difference
 from minicot.recipes.cells import claims_of, command, from_hex, judge, made_by, run_cell, to_hex
+from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures, teacher
 from minicot.training import ROOT, write_json, write_jsonl
-from minicot.verifier import curves
+from minicot.verifier import curves, token_log_ratios
+from minicot.weights import load_model
 
 RUNS, RESULTS = Path("runs/llava_reasoner"), ROOT / "minicot" / "recipes" / "results"
 MIXES = ("format", "direct", "cot", "both")
@@ -201,6 +203,23 @@ class Recipe:
         sizes = [n for n in (1, 2, 4, 8, 16, 32) if n <= self.sizes.k]
         return curves(read_samples(out), "dpo", sizes=sizes)
 
+    def chain(self, lr):
+        """(token, log-ratio) along the first sampled chain whose first step is right and a later one wrong,
+        and the number of that step: the paper's figure of where DPO puts the blame."""
+        dpo = self.folder("dpo", 0, lr)
+        tokenizer = Tokenizer(dpo / "model")
+        model, ref = (load_model(folder / "model") for folder in (dpo, self.folder("both", 0)))
+        for samples in read_samples(dpo / "scored.jsonl"):
+            for response in samples.responses:
+                steps = pictures.label_steps(samples.problem.id, split_steps(response.text))
+                if steps and steps[0] and False in steps and not response.correct:
+                    reader = image_reader(model, tokenizer, dpo / "model")
+                    one = replace(samples, responses=[response])
+                    [(ids, ratios)] = token_log_ratios(model, ref, tokenizer, one, mode="cot", reader=reader)
+                    shown = [tokenizer.decode([i], skip_special=False).replace("\n", "/") for i in ids]
+                    return list(zip(shown, ratios)), steps.index(False) + 1
+        raise ValueError(f"no chain in {dpo / 'scored.jsonl'} goes wrong after its first step")
+
 
 def numbers(results, name):
     """(seeds, problems) numbers whose mean is what a claim's name stands for; [] where it did not run."""
@@ -255,7 +274,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--init", default="toy-vision", help="base model folder that sees")
+    parser.add_argument("--init", default="runs/vision-base", help="base model folder that sees")
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--fast", action="store_true", help="a small part of the work; no results file")
     parser.add_argument("--fresh", action="store_true", help="run every cell again")
@@ -305,6 +324,8 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "llava_reasoner.json", results, indent=None)
     plots.best_of_n(results["curves"], out / "llava_reasoner_verifier.svg")
+    along, wrong = recipe.chain(chosen["dpo"])
+    plots.log_ratios_along(along, out / "llava_reasoner_chain.svg", f"step {wrong} is the first wrong one")
     print(table(results))
     print(f"{results['minutes']} minutes -> {out / 'llava_reasoner.json'}")
 

@@ -5,12 +5,12 @@ solution.
     python train.py --init runs/base-text/config.json --data runs/base-text/text.jsonl --out runs/base \\
         --batch-size 64 --lr 3e-3 --save-every 0
 
-    python -m minicot.toy.base_text --pictures --rows 24000 --out runs/seeing
+    python -m minicot.toy.base_text --pictures --rows 45000 --out runs/seeing
     python train.py --init toy --vision runs/seeing/tower/config.json --feature-layer -1 \\
-        --data runs/seeing/text.jsonl --mode plain --batch-size 64 --lr 1.5e-3 --save-every 0 \\
+        --data runs/seeing/text.jsonl --mode plain --batch-size 32 --lr 1.5e-3 --save-every 0 \\
         --out runs/vision-base
 
-The first pair made the text base (--init toy), the second gave it eyes (--init toy-vision): a random tower
+The first pair made the text base (--init toy), the second gives it eyes (runs/vision-base): a random tower
 that learns to see from captions and from questions that read one number, and text again, lest it forget.
 The text is the world's language and arithmetic, not its reasoning: problems as they are told, one comparison
 said twice, sums, differences, products and halves, and questions that are answered by reading one fact. No
@@ -107,12 +107,12 @@ def base_rows(n, seed=0):
 
 
 def seeing_rows(n, start=20_000):
-    """n rows: captions of pictures, questions that read one number of them, and base rows, a third each. The
-    pictures are of the train split, behind the first 20,000, which data.py's train split consists of."""
-    captions = pictures.caption_rows("train", n // 3, start=start)
+    """n rows: captions of pictures (three in five), questions that read one number, and base rows (a fifth
+    each). The pictures are of the train split, behind the first 20,000, which data.py reads."""
+    captions = pictures.caption_rows("train", 3 * n // 5, start=start)
     reads = [{**row, "question": row["question"] + "\nAnswer briefly.", "solution": row["answer"]}
-             for row in pictures.perception_rows("train", n // 3, start=start)]  # fmt: skip
-    text = [{"id": f"text-{i}", **row} for i, row in enumerate(base_rows(n - 2 * (n // 3), seed=1))]
+             for row in pictures.perception_rows("train", n // 5, start=start)]  # fmt: skip
+    text = [{"id": f"text-{i}", **row} for i, row in enumerate(base_rows(n // 5, seed=1))]
     return captions + reads + text
 
 

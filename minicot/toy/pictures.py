@@ -3,8 +3,9 @@
     [a picture: TOM with 7 apples in his row, ANA with 3, BEN with 12]
     Eva has twice as many apples as Ana. How many apples do Eva and Tom have together?
 
-    Ana has 3.
     Tom has 7.
+    Ana has 3.
+    Ben has 12.
     Eva has 3 x 2 = 6.
     Together they have 6 + 7 = 13.
     #### 13
@@ -12,7 +13,7 @@
 Three kinds: rows of things to count, a bar chart with an axis, a table of digits with two columns of which
 one matters. A scene is a problems.Scene, so its oracle labels these chains too: what is in the picture is
 "given", and a step that restates it is right, or a misreading. An id rebuilds scene and picture. Pictures are
-64 x 64, laid out so that no sign crosses the edge of an 8 x 8 patch but for names, which fill two.
+64 x 64; things to count, bars and the table's digits keep to patches of 8 x 8.
 """
 
 import hashlib
@@ -31,7 +32,10 @@ PEOPLE = {"rows": (3, 4), "bars": (3,), "table": (3,)}       # how many there ar
 LARGEST = {"rows": 12, "bars": 12, "table": 20}              # the numbers in it are 2 .. this
 DIFFICULTIES, DIFFICULTY_WEIGHTS = (2, 3), (3, 1)            # operations, and how often each is drawn
 SIZE, PATCH = 64, 8
-CAPTION_QUESTION = "How many does each have?"
+# Where the picture stands in a question: behind the words. So it is always equally far from the response,
+# whatever the question's length, and a small model that has learned to read captions reads here too.
+PLACEHOLDER = "\n<image>"
+CAPTION_QUESTION = "How many does each have?" + PLACEHOLDER
 
 # How a step says what was read, for each of problems.WORDINGS. {p} owner, {c} number, {i} item.
 READINGS = {"plain": "{p} has {c}.", "items": "{p} has {c} {i}.", "so": "{p} has {c} {i}.",
@@ -119,7 +123,8 @@ def _try_picture(rng, scene_id, kind, difficulty):
     phrases = (0,) * shown + tuple(rng.randrange(2) for _ in range(len(told) + 1))
     scene = Scene(scene_id, tuple(quantities), problems._asked(ask, of, quantities),
                   (*range(shown), *told), phrases)
-    return scene if len(read_from(scene)) > 1 and problems._is_fair(scene) else None
+    needs = sum(place < shown for place in scene.needed)
+    return scene if needs > 1 and problems._is_fair(scene) else None
 
 
 def is_picture(scene: Scene) -> bool:
@@ -143,9 +148,10 @@ def in_picture(scene: Scene) -> list[Quantity]:
 
 
 def read_from(scene: Scene) -> list[Quantity]:
-    """What a solution has to read from the picture."""
-    needed = {scene.quantities[place] for place in scene.needed}
-    return [quantity for quantity in in_picture(scene) if quantity in needed]
+    """What a solution reads from the picture: all numbers of the thing in question, in the picture's order,
+    needed or not. A small model learns to read in order long before it finds a number by a name, and by a
+    name it can look up what it has written."""
+    return [quantity for quantity in in_picture(scene) if quantity.item == scene.asked.item]
 
 
 def chain(scene: Scene) -> list[Quantity]:
@@ -181,7 +187,7 @@ def row_of(scene: Scene, *, wording: str | None = None) -> dict:
     caption = " ".join(row["facts"][:shown])
     steps = [write_step(scene, quantity, wording) for quantity in chain(scene)]
     reads = [[scene.quantities.index(quantity)] for quantity in read_from(scene)]
-    return {**row, "question": row["question"].removeprefix(caption).strip(), "steps": steps,
+    return {**row, "question": row["question"].removeprefix(caption).strip() + PLACEHOLDER, "steps": steps,
             "solution": "\n".join([*steps, f"#### {row['answer']}"]), "uses": reads + row["uses"],
             "image": f"toy:{scene.id}", "shown": shown, "caption": caption}
 
@@ -224,7 +230,7 @@ def perception_rows(split: str, n: int, *, start: int = 0, kind: str | None = No
     for scene in _scenes(split, n, start, kind):
         fact = random.Random(f"fact {scene.id}").randrange(len(in_picture(scene)))
         asked = scene.quantities[fact]
-        question = f"How many {asked.item} does {asked.who} have?"
+        question = f"How many {asked.item} does {asked.who} have?{PLACEHOLDER}"
         found.append({"id": f"{scene.id}-fact{fact}", "question": question, "answer": str(asked.value),
                       "fact": fact, "image": f"toy:{scene.id}"})
     return found
@@ -296,7 +302,8 @@ def _draw_bars(canvas, shown, rng):
 
 
 def _draw_table(canvas, shown, rng):
-    """A head with two things, then a line of 16 pixels a person: the name and two numbers."""
+    """A head with two things, then a line of 16 pixels a person: the name and two numbers in the colours of
+    the things."""
     for place, quantity in enumerate(shown):
         x, y = 24 + 24 * (place % 2), 16 + 16 * (place // 2)
         if place < 2:
@@ -304,5 +311,5 @@ def _draw_table(canvas, shown, rng):
         else:
             canvas[y - 5, :] = GREY
         _put(canvas, 1, y, quantity.who.upper())
-        _put(canvas, x + 2, y, f"{quantity.value:2}".replace(" ", ""), step=8)
+        _put(canvas, x + 2, y, str(quantity.value), COLOURS[quantity.item], step=8)
     canvas[11, :] = canvas[:, 20] = canvas[:, 44] = GREY

@@ -2,8 +2,8 @@
 evolves problems.
 
 It stands in for the GPT-4 or Gemini teachers of the papers. It knows the scene, so what it does is known too:
-a `kind` says which mistake a solution holds. Every function takes a row of problems.py and a random.Random,
-and returns a new row; rows are never changed.
+a `kind` says which mistake a solution holds. Every function takes a row of problems.py or pictures.py (harder
+and easier: of problems.py) and a random.Random, and returns a new row; rows are never changed.
 """
 
 import random
@@ -11,16 +11,17 @@ import re
 
 from minicot.answers import STYLES, extract_answer, is_correct, split_steps
 from minicot.toy import problems
-from minicot.toy.problems import FACTS, WORDINGS, Quantity, Scene, compute, row_of, scene_of, write_step
+from minicot.toy.pictures import chain, in_picture, read_from, scene_of, write_step
+from minicot.toy.problems import FACTS, WORDINGS, Quantity, Scene, compute, row_of
 
 MISTAKES = ("arithmetic", "misread", "operation", "skip", "label")
 
 
 def rewrite(row: dict, rng: random.Random) -> dict:
-    """The same solution in one wording drawn for all its steps, in any order in which each step follows what
-    it rests on."""
+    """The same solution in one wording drawn for all its steps: first what is read from a picture, then all
+    that is computed, in any order in which each step follows what it rests on."""
     scene = scene_of(row)
-    wording, left, order = rng.choice(list(WORDINGS)), list(scene.derivation), []
+    wording, left, order = rng.choice(list(WORDINGS)), list(scene.derivation), read_from(scene)
     while left:
         waiting = set(left)
         ready = [q for q in left if not any(scene.quantities[place] in waiting for place in q.of)]
@@ -56,6 +57,7 @@ def unify(row: dict) -> dict:
         derived = problems.derived_by(scene, [*seen, step])[1] - problems.derived_by(scene, seen)[1]
         told = [q for q in scene.derivation if q in derived]
         plain = re.sub(r"^step \d+\s*[:.]\s*", "", " ".join(step.split()), flags=re.IGNORECASE)
+        told = told or [q for q in read_from(scene) if plain in {write_step(scene, q, w) for w in WORDINGS}]
         steps += [write_step(scene, q, "plain") for q in told] or [plain]
         seen.append(step)
     return _with_solution(row, steps, answer)
@@ -66,19 +68,21 @@ def corrupt(row: dict, rng: random.Random, kind: str) -> dict:
     catch every one.
 
     "arithmetic"  one result is wrong, and carried on consistently to a wrong answer
-    "misread"     one number of the question is misread, and carried on consistently (URSA's MIE)
+    "misread"     one number of the question, or of the picture where there is one, is misread, and carried
+                  on consistently (URSA's MIE)
     "operation"   one step uses a wrong operation, carried on consistently
-    "skip"        a step is left out (not the last but where it is the only one), all else is right
+    "skip"        a step that computes is left out (not the last but where it is the only one), all else is
+                  right
     "label"       the chain is right, the final answer is not (label noise)
     """
     if kind not in MISTAKES:
         raise ValueError(f"kind of mistake is {kind!r}; allowed: {', '.join(MISTAKES)}")
     scene = scene_of(row)
     wording = rng.choice(problems.DEFAULT_WORDINGS)
-    steps = [write_step(scene, q, wording) for q in scene.derivation]
-    answer = scene.asked.value
+    steps = [write_step(scene, q, wording) for q in chain(scene)]
+    answer, computed = scene.asked.value, len(scene.derivation)
     if kind == "skip":
-        del steps[rng.randrange(max(1, len(steps) - 1))]
+        del steps[len(steps) - computed + rng.randrange(max(1, computed - 1))]
     elif kind == "label":
         answer += rng.choice([change for change in (-2, -1, 1, 2, 10) if answer + change > 0])
     else:
@@ -94,12 +98,14 @@ def _carried_on(scene: Scene, rng: random.Random, kind: str, wording: str) -> tu
         wrong, change = rng.choice(scene.derivation), rng.choice((-10, -2, -1, 1, 2, 10))
         if kind == "misread":
             reads = [q for q in (scene.quantities[place] for place in scene.needed) if q.numbers]
-            wrong = rng.choice(reads)
-            place, change = rng.randrange(len(wrong.numbers)), rng.choice((-1, 1)) * rng.randint(1, 16)
+            shown = [q for q in read_from(scene) if q in reads]
+            wrong, furthest = rng.choice(shown or reads), 3 if shown else 16
+            place, change = rng.randrange(len(wrong.numbers)), rng.choice((-1, 1)) * rng.randint(1, furthest)
             told[wrong] = tuple(n + change * (i == place) for i, n in enumerate(wrong.numbers))
         symbol = rng.choice("+-x/") if kind == "operation" else None
         values, steps = {}, []
-        for q in (*(scene.quantities[place] for place in scene.needed), scene.asked):
+        needed = [scene.quantities[place] for place in scene.needed]
+        for q in dict.fromkeys([*read_from(scene), *needed, scene.asked]):
             slip = change if kind == "arithmetic" and q is wrong else 0
             values[q], step = _redo(scene, q, values, told, slip, symbol if q is wrong else None, wording)
             if values[q] is None or values[q] < 1 or min(told.get(q) or (1,)) < 1:
@@ -112,11 +118,11 @@ def _carried_on(scene: Scene, rng: random.Random, kind: str, wording: str) -> tu
 
 def _redo(scene: Scene, q: Quantity, values: dict, told: dict, change: int, symbol: str | None, wording: str):
     """A quantity's value from the values and numbers as (mis)taken so far, and its step (none for what is
-    only read)."""
+    read in the question)."""
     numbers = (2,) if q.kind == "half" else told.get(q, ())
     taken = tuple(values[scene.quantities[place]] for place in q.of) + numbers
     if FACTS[q.kind][0] is None:
-        return taken[0], []
+        return taken[0], [write_step(scene, q, wording, taken)] * (q in in_picture(scene))
     kind = next((k for k in ("more", "fewer", "times", "half") if FACTS[k][0] == symbol), q.kind)
     value = compute(kind, taken)
     if value is None:
@@ -138,13 +144,13 @@ def teach(row: dict, rng: random.Random, error_rate: float) -> dict:
 def harder(row: dict, rng: random.Random) -> dict:
     """A new problem, one operation longer, in a default wording. It has a split of its own
     (problems.split_of): filter by it."""
-    return row_of(problems.harder(scene_of(row), rng.randrange(2**16)))
+    return row_of(problems.harder(problems.scene_of(row), rng.randrange(2**16)))
 
 
 def easier(row: dict) -> dict:
     """A new problem with fewer operations about the same facts; its split is its own. ValueError where there
     is none."""
-    return row_of(problems.easier(scene_of(row)))
+    return row_of(problems.easier(problems.scene_of(row)))
 
 
 def _with_solution(row: dict, steps: list[str], answer: str) -> dict:

@@ -1,0 +1,121 @@
+"""LLaVA-Reasoner (arXiv 2410.16198): what the paper does to its data, and the recipe.
+
+SFT targets: chains of a teacher whose final answer equals the annotation (section 3.1)
+DPO pairs:   from 32 chains a question where 0.25 <= share right <= 0.85, at most 3 (section 3.3)
+L = -log sigmoid( beta [ (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) ] ), sums over the
+    first W words of a response, EOS never scored (appendix; run_dpo.py, DPODataCollator)
+verifier:    r(y) = log pi(y) - log pi_ref(y)
+"""
+
+import dataclasses
+import json
+
+import pytest
+
+from minicot.answers import extract_answer, is_correct
+from minicot.data import Problem, Response, Samples, make_groups, truncate_words
+from minicot.recipes import llava_reasoner as recipe
+from minicot.recipes.cells import to_hex
+from minicot.tokenizer import Tokenizer
+from minicot.toy import pictures
+from minicot.training import resolve
+
+TOKENIZER = Tokenizer(resolve("toy"))
+
+
+def cut(response, words):
+    [samples] = truncate_words([Samples(Problem("p", "q"), [response])], words)
+    return samples.responses[0]
+
+
+def test_responses_keep_their_first_words_and_lose_eos():
+    long = cut(Response("Tom has 3.\nAna has 7. #### 7", True), 3)
+    assert (
+        long.text == "Tom has 3.\nAna" and long.finish == "length" and long.correct
+    )  # split at blanks alone
+    ids = [*TOKENIZER.encode("Tom has 3."), TOKENIZER.eos_id]
+    whole = cut(Response("Tom has 3.", True, ids=ids), 90)
+    assert whole.ids == ids[:-1] and whole.finish == "length"  # EOS is not scored
+    open_end = cut(Response("Tom has 3.", True, ids=ids[:-1], finish="length"), 90)
+    assert open_end.ids == ids[:-1]
+    assert cut(Response("Tom has 3.", True, ids=ids), 2).ids is None  # tokenised anew
+
+
+def test_cut_pairs_train_the_first_words_alone():
+    pair = Samples(Problem("p", "How many?"), [Response("Tom has 3 more apples.", True, reward=1.0),
+                                               Response("Tom has 4.", False, reward=0.0)])  # fmt: skip
+    [rows], _ = make_groups(TOKENIZER, truncate_words([pair], 3), mode="cot", max_length=512, reference=False)
+    trained = [TOKENIZER.decode(row.ids[row.n_prompt :], skip_special=False) for row in rows]
+    assert trained == ["Tom has 3", "Tom has 4."]
+
+
+def test_the_filter_lets_through_only_chains_that_reach_the_gold_answer():
+    kept, counts = recipe.distill(dataclasses.replace(recipe.Sizes(), taught=300, error_rate=0.5))
+    answers = {row["id"]: row["answer"] for row in pictures.rows("train", 300)}
+    assert all(is_correct(extract_answer(row["solution"], "hash"), answers[row["id"]]) for row in kept)
+    assert counts["right"][1] == 0 and counts["label"][0] == 0
+    dropped = sum(drop for _, drop in counts.values())
+    assert 300 * 0.25 < dropped < 300 * 0.55  # it really rejects, though not every mistake
+
+
+def results():
+    """Made-up results: CoT SFT lifts CoT by far, nothing else differs."""
+    shares = {"format": (0.1, 0.05), "direct": (0.3, 0.06), "cot": (0.3, 0.4), "both": (0.3, 0.4),
+              "dpo": (0.3, 0.4), "blind": (0.1, 0.1)}  # fmt: skip
+    cells = []
+    for model, both in shares.items():
+        for mode, share in zip(recipe.MODES, both):
+            bits = [int(i < 400 * share) for i in range(400)]
+            cells += [
+                {
+                    "name": f"{model}@{mode}",
+                    "seed": seed,
+                    "settings": {"lr": None},
+                    "correct": to_hex(bits),
+                    "metrics": {"missing_answers": 0.0},
+                }
+                for seed in range(3)
+            ]
+    ways = {"majority": [0.0, 1.0] * 50, "best": [1.0] * 100, "vote": [0.0, 1.0] * 50, "pass": [1.0] * 100}
+    found = {"cells": cells, "curves": [{"1": ways, "32": ways}] * 3}
+    return {**found, "claims": recipe.judge_all(found)}
+
+
+def test_claims_are_judged_by_what_their_names_stand_for():
+    verdicts = {claim["id"]: claim["verdict"] for claim in results()["claims"]}
+    assert verdicts["a1"] == "holds" and verdicts["a2"] == "holds"  # +1 point; far below CoT SFT
+    assert verdicts["b1"] == "holds" and verdicts["c1"] == "holds"  # the mean of both prompts
+    assert verdicts["d1"] == "not seen" and "d2" not in verdicts  # its control did not run
+    assert verdicts["e1"] == "not seen" and verdicts["e2"] == "holds"
+    assert verdicts["g1"] == "holds"
+
+
+def test_the_table_shows_each_model_each_way_and_each_claim():
+    lines = recipe.table(results()).splitlines()
+    assert sum(line.startswith("| cot | 30.0% | 40.0% |") for line in lines) == 1
+    assert sum(line.startswith("| best | 100.0% |") for line in lines) == 1
+    assert sum(line.startswith("| a1. ") for line in lines) == 1
+
+
+def test_figures_are_drawn(tmp_path):
+    from minicot import plots
+
+    plots.best_of_n(results()["curves"], tmp_path / "curves.svg")
+    plots.log_ratios_along([("Tom", 0.5), (" has", -1.0)], tmp_path / "chain.svg")
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("curves.svg", "chain.svg"))
+
+
+def test_every_claim_names_cells_that_the_recipe_makes():
+    models = {*recipe.MIXES, *recipe.METHODS, "blind"}
+    for claim in recipe.CLAIMS:
+        for name in filter(None, (claim["ours"], claim["other"])):
+            assert name.split("@")[0] in models or name.split(":")[0] in ("majority", "best", "vote")
+
+
+def test_committed_results_hold_what_they_claim():
+    path = recipe.RESULTS / "llava_reasoner.json"
+    if not path.is_file():
+        pytest.skip("no results are committed")
+    found = json.loads(path.read_text())
+    assert recipe.judge_all(found) == found["claims"] and "--fast" not in found["command"]
+    assert path.stat().st_size <= 200_000

@@ -1,0 +1,327 @@
+"""Pictures through the whole flow: problems -> train.py -> sample.py -> align.py, a small random tower."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from minicot.data import (
+    IMAGE,
+    Problem,
+    check_pictures,
+    collate,
+    encode_row,
+    image_reader,
+    read_problems,
+    read_samples,
+    render,
+    target,
+)
+from minicot.sampling import generate, sample_groups
+from minicot.scoring import pack, score, score_plain
+from minicot.tokenizer import Tokenizer
+from minicot.toy import pictures
+from minicot.toy.base_text import PROCESSOR, TOWER
+from minicot.weights import load_model
+from tests.helpers import assert_one_line_error, script
+
+N = 64  # placeholders a picture
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A vision-language folder, made as a user would: train.py gives the toy base a random tower."""
+    home = tmp_path_factory.mktemp("home")
+    tower = home / "tower"
+    tower.mkdir()
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    (tower / "config.json").write_text(json.dumps(TOWER | small))
+    (tower / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    done = script(
+        "train.py",
+        "--init",
+        "toy",
+        "--vision",
+        tower / "config.json",
+        "--feature-layer",
+        -1,
+        "--data",
+        "toy-pictures",
+        "--limit",
+        16,
+        "--steps",
+        2,
+        "--batch-size",
+        4,
+        "--out",
+        "model",
+        cwd=home,
+    )
+    assert done.returncode == 0, done.stderr
+    return home / "model"
+
+
+@pytest.fixture(scope="module")
+def eyes(folder):
+    model, tokenizer = load_model(folder).double().eval(), Tokenizer(folder)
+    return model, tokenizer, image_reader(model, tokenizer, folder)
+
+
+def rows_of(tokenizer, problems, k=1):
+    """k rows a problem: its solution, then made-up wrong ones."""
+    return [
+        [
+            encode_row(tokenizer, p, text, mode="cot")
+            for text in [target(p, "cot"), "Tom has 3.\n#### 3", "#### 1000"][:k]
+        ]
+        for p in problems
+    ]
+
+
+def toy_problems(n):
+    return read_problems("toy-pictures", "train", limit=n)
+
+
+def test_the_flow_from_pictures_to_an_aligned_model(folder):
+    home = folder.parent
+    run = lambda name, *words: script(name, *words, cwd=home)
+    done = run(
+        "sample.py",
+        "--model",
+        "model",
+        "--data",
+        "toy-pictures",
+        "--split",
+        "train",
+        "--limit",
+        4,
+        "--n",
+        2,
+        "--max-new-tokens",
+        8,
+        "--out",
+        "samples.jsonl",
+    )
+    assert done.returncode == 0, done.stderr
+    samples = read_samples(home / "samples.jsonl")
+    assert [len(s.responses) for s in samples] == [2] * 4 and samples[0].problem.image.startswith("toy:")
+    before = load_model(folder).state_dict()
+    done = run(
+        "align.py",
+        "--init",
+        "model",
+        "--samples",
+        "samples.jsonl",
+        "--steps",
+        2,
+        "--lr",
+        1e-2,
+        "--out",
+        "aft",
+    )
+    assert done.returncode == 0, done.stderr
+    after = load_model(home / "aft").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(
+        name.startswith("language_model.") for name in changed
+    )  # the eyes stay as they are
+    assert (home / "aft" / "preprocessor_config.json").is_file()
+    done = run("sample.py", "--model", "aft", "--data", "toy-pictures", "--limit", 4, "--evaluate", "--blind")
+    assert done.returncode == 0 and "greedy accuracy" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "part, moved", [("projector", "multi_modal_projector."), ("language", "language_model.")]
+)
+def test_only_the_named_part_learns(folder, part, moved):
+    home = folder.parent
+    done = script(
+        "train.py",
+        "--init",
+        "model",
+        "--data",
+        "toy-pictures",
+        "--limit",
+        4,
+        "--steps",
+        1,
+        "--lr",
+        1e-2,
+        "--train",
+        part,
+        "--overwrite",
+        "--out",
+        f"only-{part}",
+        cwd=home,
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = load_model(folder).state_dict(), load_model(home / f"only-{part}").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith(moved) for name in changed)
+
+
+def test_the_tower_has_its_own_learning_rate(folder):
+    home, lines = folder.parent, ["--data", "toy-pictures", "--limit", 4, "--steps", 1, "--lr", 1e-2]
+    done = script("train.py", "--init", "model", *lines, "--vision-lr", 0, "--out", "still", cwd=home)
+    assert done.returncode == 0, done.stderr
+    before, after = load_model(folder).state_dict(), load_model(home / "still").state_dict()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"language_model", "multi_modal_projector"}
+    done = script(
+        "train.py", "--init", "toy", "--data", "toy", "--limit", 4, "--train", "projector", cwd=home
+    )
+    assert_one_line_error(done, "--train", "projector", "language, all")
+
+
+def test_a_placeholder_becomes_n_tokens_and_a_picture_is_stored_once_a_group(eyes):
+    model, tokenizer, reader = eyes
+    groups = rows_of(tokenizer, toy_problems(3), k=3)
+    batch = collate(groups, tokenizer.pad_id, reader)
+    assert batch.images.shape == (3, 3, 64, 64) and batch.image_group.tolist() == [0, 1, 2]
+    assert (batch.ids == reader.token_id).sum(1).tolist() == [N] * 9
+    row = groups[0][0]
+    assert batch.loss_mask[0].sum() == len(row.ids) - row.n_prompt  # the same tokens are trained
+    assert batch.loss_mask[0].nonzero()[0] == row.n_prompt + N - 1
+    assert pack(batch).ids.eq(reader.token_id).sum() == 3 * N  # computed once a group
+
+
+def test_score_with_pictures_equals_the_plain_path(eyes):
+    model, tokenizer, reader = eyes
+    text = read_problems("toy", "train", limit=1)  # a mixed batch
+    groups = rows_of(tokenizer, [*toy_problems(2), *text], k=3)
+    batch, found = collate(groups, tokenizer.pad_id, reader), []
+    batch = replace(batch, images=batch.images.double())
+    for function in (score, score_plain):
+        model.zero_grad()
+        logps = function(model, batch).masked_fill(~batch.loss_mask, 0)
+        (logps * torch.linspace(0.5, 1.5, logps.numel()).view_as(logps)).sum().backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append((logps.detach(), grads))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-9)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-7, atol=1e-9)
+
+
+def test_samples_depend_on_the_picture_and_not_on_the_batch(eyes):
+    model, tokenizer, reader = eyes
+    problems = [replace(p, question="How many?") for p in toy_problems(3)]
+    options = dict(n=2, mode="cot", style="hash", max_new_tokens=12, temperature=1.0, reader=reader, seed=1)
+    together = list(sample_groups(model, tokenizer, problems, **options))
+    for i, problem in enumerate(problems):
+        assert list(sample_groups(model, tokenizer, [problem], **options)) == [together[i]]
+    other = replace(problems[0], image=problems[1].image)
+    assert list(sample_groups(model, tokenizer, [other], **options))[0].responses != together[0].responses
+
+
+def test_no_model_draws_a_picture(eyes):
+    model, tokenizer, reader = eyes
+    head = model.head
+    model.head = lambda hidden: head(hidden).index_fill(-1, torch.tensor([reader.token_id]), 1e4)
+    try:
+        drawn = generate(model, [[1, 5]], max_new_tokens=6, stop_ids=[], temperature=0, seed=0)[0][0]
+    finally:
+        del model.head
+    assert reader.token_id not in drawn
+
+
+def test_a_picture_of_another_size_and_format_reads_as_the_array(eyes, folder, tmp_path):
+    model, tokenizer, reader = eyes
+    name = toy_problems(1)[0].image
+    picture = pictures.draw(name[4:])
+    picture.resize((192, 192), Image.Resampling.NEAREST).save(tmp_path / "large.png")
+    picture.save(tmp_path / "same.jpg", quality=95)
+    array, large, jpeg = reader.pixels([(name, None), ("large.png", tmp_path), ("same.jpg", tmp_path)])
+    assert (large - array).abs().mean() < 0.06 and (jpeg - array).abs().mean() < 0.06
+    done = script(
+        "sample.py", "--model", folder, "--image", tmp_path / "large.png", "How many?", cwd=tmp_path
+    )
+    assert done.returncode == 0 and "How many?" in done.stdout
+
+
+def test_placeholders_stand_where_the_question_puts_them(eyes):
+    model, tokenizer, reader = eyes
+    two = [p.image for p in toy_problems(2)]
+    before = Problem("a", "Which has more?", image=two)
+    within = Problem("b", f"{IMAGE} or {IMAGE}: which has more?", image=two)
+    assert render(before, "plain") == f"{IMAGE}\n{IMAGE}\nWhich has more?"
+    assert render(within, "plain") == within.question
+    rows = [[encode_row(tokenizer, p, "1", mode="plain")] for p in (before, within)]
+    assert collate(rows, tokenizer.pad_id, reader).image_group.tolist() == [0, 0, 1, 1]
+
+
+def test_pictures_that_disagree_with_the_text_are_refused(eyes, tmp_path):
+    model, tokenizer, reader = eyes
+    one = toy_problems(1)[0].image
+    bad = Problem("b", f"{IMAGE}{IMAGE} How many?", image=one)
+    row = encode_row(tokenizer, bad, "1", mode="plain")
+    with pytest.raises(ValueError, match="'b': 2 <image> in its text, 1 pictures"):
+        check_pictures([[row]], reader, "data.jsonl")
+    with pytest.raises(ValueError, match="'b' has a picture, but the model reads text only"):
+        check_pictures([[row]], None, "data.jsonl")
+    done = script("train.py", "--data", "toy-pictures", "--limit", 4, cwd=tmp_path)
+    assert_one_line_error(done, "toy-pictures", "reads text only", "--vision")
+    text = load_model(tokenizer.folder).language_model
+    with pytest.raises(ValueError, match="reads text only"):
+        list(sample_groups(text, tokenizer, toy_problems(1), n=1, mode="cot", style="hash", max_new_tokens=4))
+
+
+def test_one_bad_picture_costs_its_own_problem_alone(folder, tmp_path):
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    pictures.draw(toy_problems(1)[0].image[4:]).save(good)
+    bad.write_bytes(good.read_bytes()[:90])
+    rows = [
+        {"id": name, "question": "How many?", "answer": "3", "image": f"{name}.png"}
+        for name in ("good", "bad")
+    ]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model", folder, "--data", "set.jsonl", "--max-new-tokens", 4]
+    done = script("sample.py", *words, "--out", "samples.jsonl", cwd=tmp_path)
+    assert (
+        done.returncode == 0 and "1 problems without a response" in done.stdout and "bad.png" in done.stdout
+    )
+    found = {s.problem.id: s for s in read_samples(tmp_path / "samples.jsonl")}
+    assert len(found["good"].responses) == 1 and "bad.png" in found["bad"].error
+    done = script("sample.py", *words, "--evaluate", "--out", "results.json", cwd=tmp_path)
+    assert done.returncode == 0 and "bad.png" in done.stdout
+    assert len(json.loads((tmp_path / "results.json").read_text())["correct"]) == 2  # it counts as wrong
+    done = script(
+        "train.py", "--init", folder, "--data", "set.jsonl", "--mode", "direct", "--out", "x", cwd=tmp_path
+    )
+    assert_one_line_error(done, "bad.png")
+
+
+@pytest.mark.parametrize("image", ["../out.png", "missing.png"])
+def test_a_picture_outside_its_folder_or_missing_is_named_with_its_row(folder, tmp_path, image):
+    home = tmp_path / "data"
+    home.mkdir()
+    pictures.draw(toy_problems(1)[0].image[4:]).save(tmp_path / "out.png")
+    (home / "set.jsonl").write_text(
+        json.dumps({"question": "How many?", "answer": "3", "image": image}) + "\n"
+    )
+    done = script("sample.py", "--model", folder, "--data", "data/set.jsonl", "--evaluate", cwd=tmp_path)
+    assert_one_line_error(done, "set.jsonl:1", image.removeprefix("../"))
+
+
+def test_a_file_of_samples_finds_the_pictures_of_its_problems(folder, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    pictures.draw(toy_problems(1)[0].image[4:]).save(data / "p.png")
+    (data / "set.jsonl").write_text(
+        json.dumps({"question": "How many?", "answer": "3", "image": "p.png"}) + "\n"
+    )
+    done = script(
+        "sample.py",
+        "--model",
+        folder,
+        "--data",
+        "data/set.jsonl",
+        "--max-new-tokens",
+        4,
+        "--out",
+        "elsewhere/samples.jsonl",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    [samples] = read_samples(tmp_path / "elsewhere" / "samples.jsonl")
+    assert samples.problem.images == [("p.png", str(data.resolve()))]
