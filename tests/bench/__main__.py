@@ -1,127 +1,215 @@
-"""Speed beside transformers: python -m tests.bench [cpu|cuda]
+"""Speed and memory beside peers: python -m tests.bench [cpu|cuda] [--only REGEX] [--rounds N] [--json FILE]
 
-Same weights, data and dtype, both sides in turn in one process (A B A B ...), so that a noisy machine hits
-both; what is printed is the ratio theirs / ours (above 1: minicot is faster) as min / median / max over the
-rounds. No timed test: this is a table to read.
+One Markdown table. A row races minicot against peers on the same weights and the same batch, all sides in
+turn in one process (A B C A B C ...), so that a noisy machine hits all of them. What is printed is the ratio
+theirs / ours (above 1: minicot is faster, or takes less memory), min / median / max over the rounds, and our
+tokens a second: for a step, the prompt and response tokens of all its rows, shared or not; for generation,
+the new ones. sides.py says what each side computes; before a step is timed, all sides' losses and gradients
+are checked to agree.
 
-P prompt tokens   n samples a prompt   new tokens a sample   V vocabulary
+CPU: float32. CUDA: steps in bfloat16 autocast over float32 weights, generation with bfloat16 weights.
+TRL needs tests/bench/requirements.txt; without it its rows say so. No timed test: this is a table to read.
+P prompt tokens   R response tokens   K responses a prompt   n samples a prompt   V vocabulary
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the scripts do it
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import re
 import statistics
-import sys
-import tempfile
 import time
+import warnings
 
 import torch
-import transformers
 
-from minicot.model import ModelConfig, Transformer
 from minicot.sampling import generate
-from minicot.weights import save_model
-
-COMMON = dict(
-    model_type="llama",
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    max_position_embeddings=2048,
-    tie_word_embeddings=True,
-)
-MODELS = {
-    "toy 1M": ModelConfig(
-        vocab_size=1024,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=32,
-        **COMMON,
-    ),
-    "SmolLM2-135M, 4 layers": ModelConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=4,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        **COMMON,
-    ),
-}
+from tests.bench import memory
+from tests.bench.sides import (check_same_work, gsm8k_lengths, make_batch, make_sides, multiplications,
+                               our_model, step, their_model)
 
 
-def pair_of_models(config, device, dtype):
-    """The same random weights in minicot and in transformers."""
-    ours = Transformer(config, torch.Generator().manual_seed(0)).to(dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(ours, folder)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return ours.to(device).eval(), theirs.to(device).eval()
+def in_turn(sides, device, rounds):
+    """{side: function} -> {side: seconds of each round}, all sides once a round; at most 3 rounds where a
+    step takes more than 10 seconds. On CUDA two uncounted rounds come first (kernels are compiled)."""
+    seconds = {side: [] for side in sides}
+    warm_up, wait = (2, torch.cuda.synchronize) if device.type == "cuda" else (0, lambda: None)
+    while len(seconds["minicot"]) < warm_up + rounds:
+        for side, work in sides.items():
+            wait()
+            start = time.perf_counter()
+            work()
+            wait()
+            seconds[side].append(time.perf_counter() - start)
+        if max(times[-1] for times in seconds.values()) > 10:
+            rounds = min(rounds, 3)
+    return {side: times[warm_up:] for side, times in seconds.items()}
 
 
-def in_turn(ours, theirs, device, rounds=5):
-    """Ratios theirs / ours of the wall time, a round each, after one uncounted round; and our best
-    seconds."""
-
-    def timed(work):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    ours(), theirs()
-    times = [(timed(ours), timed(theirs)) for _ in range(rounds)]
-    return [b / a for a, b in times], min(a for a, _ in times)
+def against(seconds, tokens, **about):
+    """Seconds of all sides -> a result for each peer."""
+    ours = seconds["minicot"]
+    for peer in list(seconds)[1:]:
+        ratios = [b / a for a, b in zip(ours, seconds[peer])]
+        yield dict(**about, peer=peer, unit="seconds", ours=ours, theirs=seconds[peer], tokens=tokens,
+                   ratio=[min(ratios), statistics.median(ratios), max(ratios)],
+                   tokens_per_second=tokens / statistics.median(ours))  # fmt: skip
 
 
-def generation_row(name, device, dtype, *, prompts, P, n, new):
-    """Sampling at temperature 1 without a stop id: `prompts` prompts of P tokens, n samples each, `new`
-    tokens a sample."""
-    config = MODELS[name]
-    ours, theirs = pair_of_models(config, device, dtype)
-    ids = torch.randint(5, config.vocab_size, (prompts, P), generator=torch.Generator().manual_seed(1))
-    theirs.generation_config.eos_token_id = None
-    theirs.generation_config.pad_token_id = 0
+# ---- the rows ------------------------------------------------------------------------------------
+
+def step_row(work, model, lengths, peers, device, rounds, **about):
+    """Forward and backward of one batch, no optimizer; making the batch is not timed, packing it is."""
+    batch = make_batch(model, lengths, device)
+    sides = make_sides(work, model, batch, ["minicot", *peers])
+    check_same_work(sides)
+    seconds = in_turn({side: lambda pair=pair: step(*pair) for side, pair in sides.items()}, device, rounds)
+    yield from against(seconds, int(batch.pad_mask.sum()), work=f"{work} step", model=model, **about)
+
+
+def sft_row(model, device, rounds, *, rows):
+    """`rows` rows with lengths as in GSM8K, in random order: packed by score(), padded by transformers."""
+    lengths = [[P, [R]] for P, R in gsm8k_lengths(rows)]
+    yield from step_row("SFT", model, lengths, ["transformers"], device, rounds, rows=rows, P="GSM8K",
+                        R="GSM8K", K=1, shape=f"{rows} rows as GSM8K")
+
+
+def group_row(work, model, device, rounds, *, B, K, P, R, peers):
+    """B groups of one prompt and K responses: DPO (K = 2) or AFT. Nothing is padded, as all lengths are
+    equal. Two bounds on what sharing prompts can give over "padded": the token bound, as if all work were a
+    token's own, and the work bound, which counts what sharing doesn't spare: the head on scored tokens, and
+    each response's attention to the prompt."""
+    work_bound = multiplications(model, K, P, R, shared=False) / multiplications(model, K, P, R, shared=True)
+    bounds = {"tokens": K * (P + R) / (P + K * R), "work": work_bound}
+    for result in step_row(work, model, [[P, [R] * K]] * B, peers, device, rounds, B=B, P=P, R=R, K=K,
+                           shape=f"B {B}, K {K}, P/R {P}/{R}", bounds=bounds):
+        reached = {name: result["ratio"][1] / bound for name, bound in bounds.items()}
+        yield result | ({"reached": reached} if result["peer"] == "padded" else {})
+
+
+def generation_row(model, device, rounds, *, prompts, P, n, new):
+    """Sampling at temperature 1 without a stop id, prefill included. Before: equal greedy ids in float32."""
+    ours = our_model(model, device).eval()
+    theirs = their_model(ours).eval()
+    ids = torch.randint(1, ours.config.vocab_size, (prompts, P), generator=torch.Generator().manual_seed(1))
+    few = ids[:2, :16]
+    greedy = generate(ours, few.tolist(), n=2, max_new_tokens=8, temperature=0, stop_ids=[], seed=0)
+    found = theirs.generate(few.to(device), attention_mask=torch.ones_like(few).to(device), do_sample=False,
+                            max_new_tokens=8)
+    assert greedy == [[row, row] for row in found[:, few.shape[1]:].tolist()], "greedy ids differ"
+    if device.type == "cuda":
+        ours, theirs = ours.bfloat16(), theirs.bfloat16()
+    there = dict(input_ids=ids.to(device), attention_mask=torch.ones_like(ids).to(device))
 
     def run_ours():
         generate(ours, ids.tolist(), n=n, max_new_tokens=new, stop_ids=[], seed=0)
 
+    @torch.inference_mode()
     def run_theirs():
-        with torch.inference_mode():
-            theirs.generate(
-                ids.to(device),
-                do_sample=True,
-                top_k=0,
-                max_new_tokens=new,
-                min_new_tokens=new,
-                num_return_sequences=n,
-            )
+        theirs.generate(**there, do_sample=True, top_k=0, max_new_tokens=new, min_new_tokens=new,
+                        num_return_sequences=n)
 
-    ratios, seconds = in_turn(run_ours, run_theirs, device)
-    print(
-        f"| generate | {name} | {prompts} prompts, P {P}, n {n}, {new} new | {min(ratios):.2f} / "
-        f"{statistics.median(ratios):.2f} / {max(ratios):.2f} "
-        f"| {prompts * n * new / seconds:,.0f} tokens/s |",
-        flush=True,
-    )
+    seconds = in_turn({"minicot": run_ours, "transformers": run_theirs}, device, rounds)
+    yield from against(seconds, prompts * n * new, work="generate", model=model, P=P, R=new, K=None, n=n,
+                       prompts=prompts, shape=f"{prompts} prompts, P {P}, n {n}, {new} new")
 
 
-def main():
-    kind = sys.argv[1] if len(sys.argv) > 1 else "cpu"
-    device = torch.device(kind)
-    dtype = torch.float32 if kind == "cpu" else torch.bfloat16
-    where = torch.cuda.get_device_name() if kind == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, {dtype}, torch {torch.__version__}, transformers {transformers.__version__}\n")
-    print(
-        "| work | model | shape | transformers / minicot (min / median / max) | minicot |\n"
-        "|---|---|---|---|---|"
-    )
-    for name in MODELS:
-        generation_row(name, device, dtype, prompts=32, P=64, n=1, new=48)
-        generation_row(name, device, dtype, prompts=8, P=256, n=8, new=48)
+def memory_row(work, model, device, _rounds, *, rows, K, P, R, peers):
+    """Peak memory of a step above weights and batch, each side in a process of its own."""
+    lengths = [[p, [r]] for p, r in gsm8k_lengths(rows)] if P == "GSM8K" else [[P, [R] * K]] * (rows // K)
+    shape = f"{rows} rows as GSM8K" if P == "GSM8K" else f"B {rows // K}, K {K}, P/R {P}/{R}"
+    peaks = {side: memory.peak(work=work, model=model, lengths=lengths, side=side, device=device.type)
+             for side in ("minicot", *peers)}
+    for peer in peers:
+        ratio = peaks[peer] / peaks["minicot"]
+        yield dict(work=f"memory of a {work} step", model=model, shape=shape, rows=rows, K=K, P=P, R=R,
+                   peer=peer, unit="bytes", ours=[peaks["minicot"]], theirs=[peaks[peer]], ratio=[ratio] * 3)
+
+
+def table(device):
+    """[(row function, its first arguments, its other arguments)]."""
+    cuda, toy = device.type == "cuda", "toy 1M"
+    large = "SmolLM2-135M" if cuda else "SmolLM2-135M, 4 layers"
+    trl = ["TRL"] if importlib.util.find_spec("trl") else []
+    both = ["padded", "transformers"]
+    scale = 8 if cuda else 1                          # a GPU wants larger batches
+    rows = []
+    for model in (toy, large):
+        B, n_rows = scale * (2 if model == toy else 1), 16 * (4 if cuda else 1)
+        rows.append((sft_row, [model], dict(rows=n_rows)))
+        for P in (64, 512):
+            rows.append((group_row, ["DPO", model], dict(B=2 * B, K=2, P=P, R=128, peers=both + trl)))
+        for P in (64, 512, 1024):
+            peers = both if P < 1024 or model == toy or cuda else ["padded"]
+            rows.append((group_row, ["group", model], dict(B=B, K=8, P=P, R=128, peers=peers)))
+        for n, P in ((1, 64), (1, 256), (8, 256), (32, 256)):
+            prompts = 32 if n < 32 or cuda else 4     # on a CPU a round of 32 prompts would take minutes
+            rows.append((generation_row, [model], dict(prompts=prompts, P=P, n=n, new=48)))
+        plain = ["plain", "transformers"]
+        rows.append((memory_row, ["SFT", model], dict(rows=n_rows, K=1, P="GSM8K", R="GSM8K", peers=plain)))
+        for work, K, groups, peers in (("DPO", 2, 2 * B, plain + trl), ("group", 8, B, plain)):
+            rows.append((memory_row, [work, model], dict(rows=groups * K, K=K, P=512, R=128, peers=peers)))
+    if not cuda:                                      # all layers: the head weighs less, as it does on a GPU
+        rows.append((group_row, ["group", "SmolLM2-135M"], dict(B=1, K=8, P=512, R=128, peers=["padded"])))
+    return rows
+
+
+# ---- printing ------------------------------------------------------------------------------------
+
+def line(result):
+    """A result -> its line of the table."""
+    low, middle, high = result["ratio"]
+    bound = " / ".join(f"{bound:.2f}" for bound in result.get("bounds", {}).values())
+    reached = " / ".join(f"{share:.0%}" for share in result.get("reached", {}).values())
+    ours, theirs = (statistics.median(result[side]) for side in ("ours", "theirs"))
+    if result["unit"] == "bytes":
+        values = f"{middle:.2f} | | | {ours / 2**20:,.0f} MiB | {theirs / 2**20:,.0f} MiB |"
+    else:
+        values = (f"{low:.2f} / {middle:.2f} / {high:.2f} | {bound} | {reached} | {ours:.3g} s, "
+                  f"{result['tokens_per_second']:,.0f} tokens/s | {theirs:.3g} s |")
+    return f"| {result['work']} | {result['model']} | {result['shape']} | {result['peer']} | {values}"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("device", nargs="?", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--only", default="", help="run the rows whose name matches; --list shows the names")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    named = [(" ".join([function.__name__, *first, *(f"{key}={value}" for key, value in other.items()
+                                                     if key in ("rows", "K", "P", "R", "n"))]),
+              function, first, other) for function, first, other in table(device)]  # fmt: skip
+    chosen = [row for row in named if re.search(args.only, row[0])]
+    if args.list or not chosen:
+        print("\n".join(row[0] for row in named))
+        return
+    versions = {name: importlib.metadata.version(name) if importlib.util.find_spec(name) else None
+                for name in ("torch", "transformers", "trl")}
+    cuda = args.device == "cuda"
+    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    dtype = "bfloat16 autocast (generation: bfloat16 weights)" if cuda else "float32"
+    note = "" if versions["trl"] else "; TRL is not installed (tests/bench/requirements.txt): no rows of it"
+    print(f"{where}; {dtype}; " + ", ".join(f"{name} {v}" for name, v in versions.items() if v) + note + "\n")
+    print("| work | model | shape | peer | theirs / ours, min / median / max | bound: tokens / work "
+          "| reached | minicot | peer |\n|---|---|---|---|---|---|---|---|---|")
+    warnings.filterwarnings("ignore")                 # peers' advice would fall into the table
+    results = []
+    for _, function, first, other in chosen:
+        for result in function(*first, device, args.rounds, **other):
+            print(line(result), flush=True)
+            results.append(result)
+    if args.json:
+        about = dict(device=where, dtype=dtype, versions=versions, rows=results)
+        with open(args.json, "w") as file:
+            json.dump(about, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,207 @@
+"""The sides of a race: models, batches, and what each side computes in one training step.
+
+    minicot        score(): shared prompts, packing, logits of scored tokens only
+    padded         score_padded() below: what score() does, without sharing prompts and packing
+    plain          score_plain(): one padded forward, all logits
+    transformers   LlamaForCausalLM, one padded forward, all logits; its own loss for SFT, else ours
+    TRL            DPOTrainer.compute_loss, reference log-probabilities precomputed
+
+All have the same weights and the same batch on the device, and a step is forward + backward: no optimizer.
+B groups   K responses a group   N = B K rows   T tokens   P, R tokens of a prompt and a response
+"""
+
+import copy
+import tempfile
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minicot.data import Row, collate, to_groups
+from minicot.losses import aft_loss, better_than, dpo_loss, sequence_logps, sft_loss, token_logps
+from minicot.model import ModelConfig, Transformer
+from minicot.scoring import chunked_logps, score, score_plain
+from minicot.weights import save_model
+
+BETA = 0.1
+COMMON = dict(model_type="llama", rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=2048,
+              tie_word_embeddings=True)  # fmt: skip
+SMOLLM2 = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_attention_heads=9,
+               num_key_value_heads=3, head_dim=64)  # fmt: skip
+MODELS = {
+    "toy 1M": ModelConfig(vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+                          num_attention_heads=4, num_key_value_heads=4, head_dim=32, **COMMON),
+    "SmolLM2-135M, 4 layers": ModelConfig(num_hidden_layers=4, **SMOLLM2, **COMMON),
+    "SmolLM2-135M": ModelConfig(num_hidden_layers=30, **SMOLLM2, **COMMON),
+    "tiny": ModelConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                        num_attention_heads=2, num_key_value_heads=1, head_dim=8, **COMMON),  # for the test
+}  # fmt: skip
+
+
+def our_model(name, device):
+    return Transformer(MODELS[name], torch.Generator().manual_seed(0)).to(device)
+
+
+def their_model(ours):
+    """The same weights in transformers, float32."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(ours, folder)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs.generation_config.eos_token_id = None
+    theirs.generation_config.pad_token_id = 0
+    return theirs.to(next(ours.parameters()).device)
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+def gsm8k_lengths(N, seed=0):
+    """N pairs (prompt, response with EOS) of lengths like GSM8K's training set under SmolLM2's tokenizer:
+    questions of 60 +- 22 tokens (12 to 223), solutions without calculator marks of 93 +- 42 (24 to 342), both
+    log-normal, their logarithms correlated by 0.5. (16 such rows, padded to the longest: 1.8x the tokens.)"""
+    spread = np.array([0.35, 0.44])
+    correlated = np.random.default_rng(seed).multivariate_normal([0, 0], [[1, 0.5], [0.5, 1]], N)
+    drawn = np.exp(np.log([60.3, 93.0]) - spread**2 / 2 + spread * correlated)
+    return (drawn.clip([12, 24], [223, 342]).round().astype(int) + [0, 1]).tolist()
+
+
+def make_batch(name, lengths, device):
+    """Groups of random tokens: lengths says of each group its P and its responses' R; every response ends
+    with token 0. Every other response is right, beginning with the first."""
+    draw, groups = torch.Generator().manual_seed(1), []
+    text = lambda n: torch.randint(1, MODELS[name].vocab_size, (n,), generator=draw).tolist()
+    for b, (P, responses) in enumerate(lengths):
+        prompt = text(P)
+        groups.append([Row(f"{b}", [*prompt, *text(R - 1), 0], P, reward=float(k % 2 == 0))
+                       for k, R in enumerate(responses)])
+    return collate(groups, pad_id=0).to(device)
+
+
+# ---- losses and sides ----------------------------------------------------------------------------
+
+def score_padded(model, batch):
+    """What score() does, without sharing prompts and packing: one padded forward, the head on the positions
+    before scored tokens only, in the same chunks."""
+    hidden = model.hidden_states(model.embed(batch.ids), pad_mask=batch.pad_mask)
+    before = F.pad(batch.loss_mask[:, 1:], (0, 1))
+    logps = chunked_logps(model.head, hidden[before], batch.ids[batch.loss_mask])
+    return logps.new_zeros(batch.ids.shape).masked_scatter(batch.loss_mask, logps)
+
+
+def loss_of(work, logps, batch, ref_logps):
+    """Token log-probabilities (N,T) -> the loss of an SFT, a DPO or a group (AFT, detached) step."""
+    if work == "SFT":
+        return sft_loss(logps, batch.loss_mask)
+    if work == "DPO":
+        sums = to_groups(sequence_logps(logps, batch.loss_mask, reduce="sum"), batch)
+        return dpo_loss(sums, ref_logps, beta=BETA).mean()
+    means = to_groups(sequence_logps(logps, batch.loss_mask, reduce="mean"), batch)
+    return aft_loss(means, better_than(batch.rewards, batch.present)).mean()
+
+
+def reference_logps(model, batch):
+    """(B,K) made-up reference sums: the policy's own, shifted by -5 to 5 nats: with equal ones, the loss
+    would be ln 2 whatever is computed."""
+    with torch.no_grad():
+        sums = to_groups(sequence_logps(score_padded(model, batch), batch.loss_mask, reduce="sum"), batch)
+    return sums + torch.linspace(-5, 5, sums.numel(), device=sums.device).view_as(sums)
+
+
+def make_sides(work, name, batch, names):
+    """{side: (its model, a function that computes its loss)} for the sides in `names`."""
+    ours = our_model(name, batch.ids.device)
+    theirs = their_model(ours) if {"transformers", "TRL"} & set(names) else None
+    ref_logps = reference_logps(ours, batch) if work == "DPO" else None
+    inputs = dict(input_ids=batch.ids, attention_mask=batch.pad_mask.long())
+    labels = batch.ids.masked_fill(~batch.loss_mask, -100)
+    paths = {"minicot": score, "padded": score_padded, "plain": score_plain}
+    made = {}
+    for side in names:
+        if side in paths:
+            path = paths[side]
+            made[side] = ours, lambda path=path: loss_of(work, path(ours, batch), batch, ref_logps)
+        elif side == "TRL":
+            made[side] = trl_side(copy.deepcopy(theirs), batch, ref_logps)
+        elif work == "SFT":
+            made[side] = theirs, lambda: theirs(**inputs, labels=labels, use_cache=False).loss
+        else:
+            made[side] = theirs, lambda: loss_of(
+                work, token_logps(theirs(**inputs, use_cache=False).logits, batch.ids), batch, ref_logps)
+    return made
+
+
+def trl_side(model, batch, ref_logps):
+    """(model, loss function) of TRL's DPOTrainer, built as a user would on text (token i is the word "ti").
+
+    The loss is its compute_loss on the batch that its collator makes once: forward, loss and the metrics that
+    it logs. Gradient checkpointing, on by default, is off: nobody else here computes twice. Its precomputed
+    reference log-probabilities, equal to the policy's, are overwritten with ours."""
+    import datasets
+    import tokenizers
+    import transformers
+    import trl
+
+    datasets.disable_progress_bars()
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+        {f"t{i}": i for i in range(model.config.vocab_size)}, unk_token="t0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t0", pad_token="t0")
+    text = lambda ids: " ".join(f"t{i}" for i in ids.tolist())
+    rows = [{"prompt": text(batch.ids[n][batch.pad_mask[n] & ~batch.loss_mask[n]]) + " ",
+             "chosen": text(batch.ids[n][batch.loss_mask[n]]),
+             "rejected": text(batch.ids[n + 1][batch.loss_mask[n + 1]])} for n in range(0, len(batch.ids), 2)]
+    with tempfile.TemporaryDirectory() as folder:
+        args = trl.DPOConfig(
+            folder, beta=BETA, precompute_ref_log_probs=True, gradient_checkpointing=False, max_length=None,
+            bf16=False, use_cpu=not batch.ids.is_cuda, per_device_train_batch_size=len(rows),
+            dataloader_pin_memory=False, report_to="none")  # fmt: skip
+        trainer = trl.DPOTrainer(model, args=args, train_dataset=datasets.Dataset.from_list(rows),
+                                 processing_class=tokenizer)
+    inputs = trainer.data_collator(list(trainer.train_dataset))
+    inputs |= {"ref_chosen_logps": ref_logps[:, 0], "ref_rejected_logps": ref_logps[:, 1]}
+    inputs = {key: value.to(batch.ids.device) for key, value in inputs.items()}
+    return trainer.model.train(), lambda: trainer.compute_loss(trainer.model, inputs)
+
+
+def multiplications(name, K, P, R, *, shared):
+    """Of a group's forward, in all: weights times tokens, the head on scored ones, and attention."""
+    c = MODELS[name]
+    E, width = c.hidden_size, c.num_attention_heads * c.head_dim
+    layer = 2 * E * (width + c.num_key_value_heads * c.head_dim) + 3 * E * c.intermediate_size
+    tokens, seen = K * (P + R), K * (P + R) ** 2 / 2
+    if shared:
+        tokens, seen = P + K * R, P**2 / 2 + K * (R * P + R**2 / 2)
+    return c.num_hidden_layers * (tokens * layer + seen * 2 * width) + K * R * E * c.vocab_size
+
+
+def step(model, loss):
+    """Forward and backward, on CUDA in bfloat16 autocast as train.py and align.py do it; -> the loss."""
+    model.zero_grad(set_to_none=True)
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        value = loss()
+    value.backward()
+    return value.item()
+
+
+def check_same_work(sides):
+    """Run a step of each side and assert that all agree with the first: the loss, and the whole gradient by
+    the length of the difference. Within 1e-4 and 1e-3, relative; in bfloat16 within 1e-2 and 5e-2."""
+    expected = None
+    for side, (model, loss) in sides.items():
+        value = step(model, loss)
+        gradient = {key: p.grad.clone() for key, p in model.named_parameters()}
+        if expected is None:
+            expected = value, gradient
+            wide = next(iter(gradient.values())).is_cuda
+            loss_tolerance, gradient_tolerance = (1e-2, 5e-2) if wide else (1e-4, 1e-3)
+            length = sum(g.double().square().sum() for g in gradient.values()).sqrt()
+            continue
+        assert gradient.keys() == expected[1].keys(), f"{side} has other parameters"
+        apart = sum((g - expected[1][key]).double().square().sum() for key, g in gradient.items()).sqrt()
+        assert abs(value - expected[0]) <= loss_tolerance * abs(expected[0]), (side, value, expected[0])
+        assert apart <= gradient_tolerance * length, f"{side}: gradients {apart / length:.1e} apart"
+    for model, _ in sides.values():
+        model.zero_grad(set_to_none=True)

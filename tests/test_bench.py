@@ -1,0 +1,87 @@
+"""The benchmark's rows at a tiny size, and that it refuses to race sides that do different work."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.bench import __main__ as bench
+from tests.bench import sides
+
+CPU = torch.device("cpu")
+TRL = ["TRL"] if importlib.util.find_spec("trl") else []
+
+
+def test_every_row_of_steps_and_generation_runs_and_prints():
+    peers = ["padded", "plain", "transformers"]
+    results = [
+        *bench.sft_row("tiny", CPU, 1, rows=3),
+        *bench.group_row("DPO", "tiny", CPU, 1, B=2, K=2, P=6, R=5, peers=peers + TRL),
+        *bench.group_row("group", "tiny", CPU, 1, B=2, K=3, P=6, R=5, peers=peers),
+        *bench.generation_row("tiny", CPU, 1, prompts=2, P=6, n=2, new=3),
+    ]
+    assert len(results) == 1 + 3 + len(TRL) + 3 + 1
+    for result in json.loads(json.dumps(results)):
+        ratio = result["theirs"][0] / result["ours"][0]
+        assert result["ratio"] == [ratio] * 3 and ratio > 0
+        assert result["tokens_per_second"] == pytest.approx(result["tokens"] / result["ours"][0])
+        assert f"| {result['peer']} | {ratio:.2f} /" in bench.line(result)
+    padded = next(result for result in results if result["work"] == "group step")
+    assert padded["tokens"] == 2 * 3 * (6 + 5) and padded["bounds"]["tokens"] == 3 * (6 + 5) / (6 + 3 * 5)
+    assert 1 < padded["bounds"]["work"] < padded["bounds"]["tokens"]
+    assert padded["reached"]["tokens"] == pytest.approx(padded["ratio"][1] / padded["bounds"]["tokens"])
+
+
+def test_multiplications_by_hand():
+    weights = 2 * (16 * 16 + 16 * 8 + 16 * 8 + 16 * 16 + 3 * 16 * 24)       # 2 layers: q, k, v, o, SwiGLU
+    head, width = 3 * 5 * 16 * 40, 16                                       # attention: q k^T and weights v
+    plain = 33 * weights + head + 2 * 2 * width * 3 * 11 * 11 / 2
+    shared = 21 * weights + head + 2 * 2 * width * (6 * 6 / 2 + 3 * (5 * 6 + 5 * 5 / 2))
+    assert sides.multiplications("tiny", 3, 6, 5, shared=False) == plain
+    assert sides.multiplications("tiny", 3, 6, 5, shared=True) == shared
+
+
+def test_memory_counts_the_logits_of_the_plain_path():
+    (result,) = bench.memory_row("group", "toy 1M", CPU, 1, rows=8, K=8, P=200, R=20, peers=["plain"])
+    logits = 8 * 220 * sides.MODELS["toy 1M"].vocab_size * 4
+    assert result["theirs"][0] > logits and result["ratio"][0] > 1.5
+
+
+OTHERS = [("SFT", ["transformers"]), ("DPO", ["plain", *TRL]), ("group", ["padded"])]
+
+
+@pytest.mark.parametrize("work, peers", OTHERS)
+def test_a_side_that_does_other_work_is_refused(work, peers):
+    K = {"SFT": 1, "DPO": 2, "group": 3}[work]
+    batches = [sides.make_batch("tiny", [[6, [R] * K]] * 2, CPU) for R in (5, 4)]
+    made, other = (sides.make_sides(work, "tiny", batch, ["minicot", *peers]) for batch in batches)
+    sides.check_same_work(made)
+    for side in peers:
+        with pytest.raises(AssertionError, match=side):
+            sides.check_same_work({**made, side: other[side]})
+
+
+def test_equal_losses_with_other_gradients_are_refused():
+    batch = sides.make_batch("tiny", [[6, [5, 5]]], CPU)
+    made = sides.make_sides("group", "tiny", batch, ["minicot", "padded"])
+    policy, loss = made["padded"]
+    doubled = lambda: 2 * loss() - loss().detach()
+    with pytest.raises(AssertionError, match="padded: gradients 1.0e[+]00 apart"):
+        sides.check_same_work({**made, "padded": (policy, doubled)})
+
+
+def test_lengths_resemble_gsm8k():
+    lengths = np.array(sides.gsm8k_lengths(20_000))
+    assert np.allclose(lengths.mean(0), [60.3, 94.0], rtol=0.02)       # with EOS
+    assert np.allclose(lengths.std(0), [21.9, 42.2], rtol=0.05)
+    padding = [16 * rows.max() / rows.sum() for rows in lengths.sum(1).reshape(-1, 16)]
+    assert np.mean(padding) == pytest.approx(1.78, abs=0.05)           # as measured on the data
+
+
+def test_the_table_names_each_row_once_for_both_devices():
+    for device in ("cpu", "cuda"):
+        rows = [(row.__name__, first, other) for row, first, other in bench.table(torch.device(device))]
+        assert len({repr(row) for row in rows}) == len(rows)
+        assert all(first[-1] in sides.MODELS for _, first, _ in rows)
