@@ -5,6 +5,7 @@ def figure(width=6, height=3.5, panels=1):
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "path.simplify_threshold": 1.0})  # small files
     from matplotlib import pyplot
 
     return pyplot.subplots(1, panels, figsize=(width, height), layout="constrained", sharex=panels > 1)
