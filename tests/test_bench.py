@@ -18,11 +18,12 @@ def test_every_row_of_steps_and_generation_runs_and_prints():
     peers = ["padded", "plain", "transformers"]
     results = [
         *bench.sft_row("tiny", CPU, 1, rows=3),
+        *bench.sft_row("tiny" + sides.EYES, CPU, 1, rows=3),
         *bench.group_row("DPO", "tiny", CPU, 1, B=2, K=2, P=6, R=5, peers=peers + TRL),
         *bench.group_row("group", "tiny", CPU, 1, B=2, K=3, P=6, R=5, peers=peers),
         *bench.generation_row("tiny", CPU, 1, prompts=2, P=6, n=2, new=3),
     ]
-    assert len(results) == 1 + 3 + len(TRL) + 3 + 1
+    assert len(results) == 2 + 3 + len(TRL) + 3 + 1
     for result in json.loads(json.dumps(results)):
         ratio = result["theirs"][0] / result["ours"][0]
         assert result["ratio"] == [ratio] * 3 and ratio > 0

@@ -30,7 +30,7 @@ import torch
 
 from minicot.sampling import generate
 from tests.bench import memory
-from tests.bench.sides import (check_same_work, gsm8k_lengths, make_batch, make_sides, multiplications,
+from tests.bench.sides import (EYES, check_same_work, gsm8k_lengths, make_batch, make_sides, multiplications,
                                our_model, step, their_model)
 
 
@@ -73,7 +73,8 @@ def step_row(work, model, lengths, peers, device, rounds, **about):
 
 
 def sft_row(model, device, rounds, *, rows):
-    """`rows` rows with lengths as in GSM8K, in random order: packed by score(), padded by transformers."""
+    """`rows` rows with lengths as in GSM8K, in random order: packed by score(), padded by transformers. A
+    model with a tower gets a picture a row on top; all of it learns."""
     lengths = [[P, [R]] for P, R in gsm8k_lengths(rows)]
     yield from step_row("SFT", model, lengths, ["transformers"], device, rounds, rows=rows, P="GSM8K",
                         R="GSM8K", K=1, shape=f"{rows} rows as GSM8K")
@@ -142,6 +143,7 @@ def table(device):
     for model in (toy, large):
         B, n_rows = scale * (2 if model == toy else 1), 16 * (4 if cuda else 1)
         rows.append((sft_row, [model], dict(rows=n_rows)))
+        rows.append((sft_row, [model + EYES], dict(rows=n_rows)))
         for P in (64, 512):
             rows.append((group_row, ["DPO", model], dict(B=2 * B, K=2, P=P, R=128, peers=both + trl)))
         for P in (64, 512, 1024):
@@ -154,6 +156,8 @@ def table(device):
         rows.append((memory_row, ["SFT", model], dict(rows=n_rows, K=1, P="GSM8K", R="GSM8K", peers=plain)))
         for work, K, groups, peers in (("DPO", 2, 2 * B, plain + trl), ("group", 8, B, plain)):
             rows.append((memory_row, [work, model], dict(rows=groups * K, K=K, P=512, R=128, peers=peers)))
+        rows.append((memory_row, ["SFT", model + EYES],
+                     dict(rows=n_rows, K=1, P="GSM8K", R="GSM8K", peers=plain)))
     if not cuda:                                      # all layers: the head weighs less, as it does on a GPU
         rows.append((group_row, ["group", "SmolLM2-135M"], dict(B=1, K=8, P=512, R=128, peers=["padded"])))
     return rows

@@ -3,7 +3,7 @@
     minicot        score(): shared prompts, packing, logits of scored tokens only
     padded         score_padded() below: what score() does, without sharing prompts and packing
     plain          score_plain(): one padded forward, all logits
-    transformers   LlamaForCausalLM, one padded forward, all logits; its own loss for SFT, else ours
+    transformers   Llama or Llava, one padded forward, all logits; its own loss for SFT, else ours
     TRL            DPOTrainer.compute_loss, reference log-probabilities precomputed
 
 All have the same weights and the same batch on the device, and a step is forward + backward: no optimizer.
@@ -12,6 +12,7 @@ B groups   K responses a group   N = B K rows   T tokens   P, R tokens of a prom
 
 import copy
 import tempfile
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from minicot.data import Row, collate, to_groups
 from minicot.losses import aft_loss, better_than, dpo_loss, sequence_logps, sft_loss, token_logps
 from minicot.model import ModelConfig, Transformer
 from minicot.scoring import chunked_logps, score, score_plain
-from minicot.weights import save_model
+from minicot.vision import VisionConfig, VisionLanguageConfig, VisionLanguageModel
+from minicot.weights import llava_name, save_model
 
 BETA = 0.1
 COMMON = dict(model_type="llama", rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=2048,
@@ -36,10 +38,26 @@ MODELS = {
     "tiny": ModelConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
                         num_attention_heads=2, num_key_value_heads=1, head_dim=8, **COMMON),  # for the test
 }  # fmt: skip
+CLIP = dict(model_type="clip_vision_model", hidden_act="quick_gelu", num_channels=3, layer_norm_eps=1e-5)
+SMALL = VisionConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6,
+                     image_size=224, patch_size=16, **CLIP)  # fmt: skip
+TOWERS = {
+    "toy 1M": VisionConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+                           image_size=64, patch_size=8, **CLIP),
+    "SmolLM2-135M, 4 layers": SMALL,
+    "SmolLM2-135M": SMALL,
+    "tiny": VisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                         image_size=8, patch_size=4, **CLIP),
+}  # fmt: skip
+EYES = ", CLIP tower"                    # "toy 1M, CLIP tower": the model with its TOWERS; 64 and 196 tokens
+PLACEHOLDER = 1
+MODELS |= {name + EYES: VisionLanguageConfig(MODELS[name], vision, PLACEHOLDER, vision_feature_layer=-1)
+           for name, vision in TOWERS.items()}  # fmt: skip
 
 
 def our_model(name, device):
-    return Transformer(MODELS[name], torch.Generator().manual_seed(0)).to(device)
+    kind = VisionLanguageModel if name.endswith(EYES) else Transformer
+    return kind(MODELS[name], torch.Generator().manual_seed(0)).to(device)
 
 
 def their_model(ours):
@@ -49,7 +67,9 @@ def their_model(ours):
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         save_model(ours, folder)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        auto = (transformers.LlavaForConditionalGeneration if hasattr(ours, "vlm_config")
+                else transformers.AutoModelForCausalLM)
+        theirs = auto.from_pretrained(folder, dtype=torch.float32)
     theirs.generation_config.eos_token_id = None
     theirs.generation_config.pad_token_id = 0
     return theirs.to(next(ours.parameters()).device)
@@ -69,14 +89,23 @@ def gsm8k_lengths(N, seed=0):
 
 def make_batch(name, lengths, device):
     """Groups of random tokens: lengths says of each group its P and its responses' R; every response ends
-    with token 0. Every other response is right, beginning with the first."""
-    draw, groups = torch.Generator().manual_seed(1), []
-    text = lambda n: torch.randint(1, MODELS[name].vocab_size, (n,), generator=draw).tolist()
+    with token 0. Every other response is right, beginning with the first. A model that sees gets a picture a
+    group, whose placeholders end the prompt, on top of its P tokens."""
+    draw, groups, config = torch.Generator().manual_seed(1), [], MODELS[name]
+    sees = isinstance(config, VisionLanguageConfig)
+    vocabulary = config.text.vocab_size if sees else config.vocab_size
+    text = lambda n: torch.randint(PLACEHOLDER + 1, vocabulary, (n,), generator=draw).tolist()
+    n_image = config.image_seq_length if sees else 0
     for b, (P, responses) in enumerate(lengths):
-        prompt = text(P)
-        groups.append([Row(f"{b}", [*prompt, *text(R - 1), 0], P, reward=float(k % 2 == 0))
+        prompt = text(P) + [PLACEHOLDER] * n_image
+        groups.append([Row(f"{b}", [*prompt, *text(R - 1), 0], len(prompt), reward=float(k % 2 == 0))
                        for k, R in enumerate(responses)])
-    return collate(groups, pad_id=0).to(device)
+    batch = collate(groups, pad_id=0)
+    if sees:
+        size = config.vision.image_size
+        batch = replace(batch, images=torch.randn(len(groups), 3, size, size, generator=draw),
+                        image_group=torch.arange(len(groups)))
+    return batch.to(device)
 
 
 # ---- losses and sides ----------------------------------------------------------------------------
@@ -115,6 +144,8 @@ def make_sides(work, name, batch, names):
     theirs = their_model(ours) if {"transformers", "TRL"} & set(names) else None
     ref_logps = reference_logps(ours, batch) if work == "DPO" else None
     inputs = dict(input_ids=batch.ids, attention_mask=batch.pad_mask.long())
+    if batch.images is not None:
+        inputs["pixel_values"] = batch.images[batch.group]
     labels = batch.ids.masked_fill(~batch.loss_mask, -100)
     paths = {"minicot": score, "padded": score_padded, "plain": score_plain}
     made = {}
@@ -190,9 +221,11 @@ def check_same_work(sides):
     """Run a step of each side and assert that all agree with the first: the loss, and the whole gradient by
     the length of the difference. Within 1e-4 and 1e-3, relative; in bfloat16 within 1e-2 and 5e-2."""
     expected = None
+    our_name = llava_name if any(hasattr(model, "vlm_config") for model, _ in sides.values()) else str
     for side, (model, loss) in sides.items():
         value = step(model, loss)
-        gradient = {key: p.grad.clone() for key, p in model.named_parameters()}
+        gradient = {our_name(key): p.grad.clone() for key, p in model.named_parameters()
+                    if p.grad is not None}  # fmt: skip
         if expected is None:
             expected = value, gradient
             wide = next(iter(gradient.values())).is_cuda
