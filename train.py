@@ -83,7 +83,7 @@ def main(config):
     check_pictures([rows, held_out], reader, config.data)
     n_rows = config.steps * config.batch_size or int(config.epochs * len(rows))
     check(n_rows > 0, "--epochs", config.epochs, f"enough for one of the {len(rows)} rows")
-    lengths = [len(row.ids) for row in rows]
+    lengths = [len(row.ids) if config.group_by_length else 0 for row in rows]
     batches = schedule(lengths, config.batch_size, n_rows, seed_of(config.seed, "order"))
     if config.peek:
         peek(tokenizer, [[row] for row in rows[:config.peek]])

@@ -46,7 +46,7 @@ class TrainConfig(Flags):
 
     task: Literal["sft"] = flag("sft", "what to learn: sft = next-token loss on the solution's tokens")
     init: str = flag("toy",
-        "model folder to start from; a config.json means random weights; toy = the shipped base")
+        "model folder to start from; a config.json means random weights; toy, toy-vision = the shipped bases")
     tokenizer: str = flag("", "folder of the tokenizer (default: the folder of --init)")
     vision: str = flag("", "give a text model eyes: folder of a CLIP or SigLIP tower, with its "
         "preprocessor_config.json; its config.json: random weights")
@@ -63,6 +63,8 @@ class TrainConfig(Flags):
     steps: int = flag(0, "optimizer steps (0 = as many as --epochs says)", least=0, most=10**6)
     batch_size: int = flag(32, "rows a step", least=1)
     accumulate: int = flag(1, "micro-batches a step; the gradient stays that of the whole batch", least=1)
+    group_by_length: bool = flag(True, "rows of like length share a batch: less padding; but where the "
+        "length tells the kind of row, a batch is of one kind, which can slow learning much")
     lr: float = flag(2e-3, "peak learning rate (real models: about 2e-5)", above=0)
     vision_lr: float | None = flag(None, "the vision tower's own (default: --lr)", least=0)
     warmup: float = flag(0.03,

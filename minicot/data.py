@@ -653,7 +653,8 @@ def to_groups(values, batch):
 def schedule(lengths, batch_size, n_rows, seed):
     """Which items make which batch: a list of lists of indices that covers n_rows items, pass after pass,
     each pass in a new order. Batches are length-bucketed: within a window of 32 batches, items of like length
-    stand together. A function of its arguments alone, so that a resumed run finds the same batches."""
+    stand together (equal lengths leave the order alone). A function of its arguments alone, so that a resumed
+    run finds the same batches."""
     rng = np.random.default_rng(seed)
     passes = math.ceil(n_rows / len(lengths))
     order = np.concatenate([rng.permutation(len(lengths)) for _ in range(passes)])[:n_rows]

@@ -209,6 +209,8 @@ def test_schedule_covers_each_pass_once_is_seeded_and_buckets_lengths():
     assert batches == data.schedule(lengths, 16, 2000, seed=3) != data.schedule(lengths, 16, 2000, seed=4)
     spread = sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches) / len(batches)
     assert spread < 15  # random batches would spread over about 90
+    mixed = data.schedule([0] * 1000, 16, 2000, seed=3)  # --no-group-by-length
+    assert all({lengths[i] < 50 for i in batch} == {True, False} for batch in mixed if len(batch) == 16)
 
 
 # ---- groups --------------------------------------------------------------------------------------
