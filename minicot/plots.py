@@ -82,9 +82,10 @@ def scores_over_training(histories, path, window=15):
                 / len(points[max(0, i - window) : i + 1])
                 for i in range(len(points))
             ]
-            axes.plot(
-                [step for step, _ in points], means, style, color=colour, label=name if style == "-" else None
-            )
+            thin = slice(None, None, max(1, len(points) // 120))  # a figure of some kilobytes
+            steps = [step for step, _ in points]
+            label = name if style == "-" else None
+            axes.plot(steps[thin], means[thin], style, color=colour, label=label)
     axes.set(xlabel="step", ylabel="score (nats a token); right -, wrong - -")
     axes.legend(frameon=False)
     save(fig, path)

@@ -46,8 +46,9 @@ def train_first(out="runs/sft"):
 
 
 def resolve(init):
-    """--init: "toy" is the shipped base model; anything else is a path."""
-    return ROOT / "minicot" / "toy" / "base" if init == "toy" else Path(init)
+    """--init: "toy" and "toy-vision" are the shipped base models; anything else is a path."""
+    shipped = {"toy": "base", "toy-vision": "vision_base"}
+    return ROOT / "minicot" / "toy" / shipped[init] if init in shipped else Path(init)
 
 
 def lr_at(step, total, peak, warmup):
@@ -176,9 +177,10 @@ def close_run(out):
 
 
 def write_json(path, value, indent=1):
-    """Atomic: the file is whole or as it was before."""
+    """Atomic: the file is whole or as it was before. indent None: no blanks either."""
     part = Path(f"{path}.part")
-    part.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+    separators = (",", ":") if indent is None else None
+    part.write_text(json.dumps(value, indent=indent, separators=separators) + "\n", encoding="utf-8")
     os.replace(part, path)
 
 

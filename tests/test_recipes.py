@@ -116,6 +116,11 @@ def test_figures_are_drawn(tmp_path):
     assert all((tmp_path / f"{name}.svg").stat().st_size > 2000 for name in "dhs")
 
 
+def test_a_part_of_the_methods_must_be_methods():
+    with pytest.raises(ValueError, match="--methods has aft-hinge; allowed: rft, dpo-none"):
+        aft.main(["--methods", "rft,aft-hinge"])
+
+
 def committed():
     return sorted((ROOT / "minicot" / "recipes" / "results").glob("aft*.json"))
 

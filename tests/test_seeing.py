@@ -24,10 +24,11 @@ from minicot.scoring import pack, score, score_plain
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures
 from minicot.toy.base_text import PROCESSOR, TOWER
+from minicot.training import resolve
 from minicot.weights import load_model
 from tests.helpers import assert_one_line_error, script
 
-N = 64  # placeholders a picture
+N = 16  # placeholders a picture
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +238,41 @@ def test_a_picture_of_another_size_and_format_reads_as_the_array(eyes, folder, t
         "sample.py", "--model", folder, "--image", tmp_path / "large.png", "How many?", cwd=tmp_path
     )
     assert done.returncode == 0 and "How many?" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    folder = resolve("toy-vision")
+    model, tokenizer = load_model(folder, dtype=torch.float32).eval(), Tokenizer(folder)
+    return model, tokenizer, image_reader(model, tokenizer, folder)
+
+
+def captions(shipped, images, root=None):
+    """What the shipped base says that pictures show."""
+    model, tokenizer, reader = shipped
+    problems = [
+        Problem(str(i), pictures.CAPTION_QUESTION, image=image, image_root=root)
+        for i, image in enumerate(images)
+    ]
+    options = dict(n=1, mode="plain", style="hash", max_new_tokens=60, temperature=0.0, reader=reader, seed=0)
+    return [samples.responses[0].text for samples in sample_groups(model, tokenizer, problems, **options)]
+
+
+@pytest.mark.parametrize("kind", pictures.KINDS)
+def test_the_shipped_base_reads_files_of_other_sizes_and_formats_as_the_arrays(shipped, kind, tmp_path):
+    rows = pictures.caption_rows("test", 24, kind=kind)
+    right = lambda said: sum(text == row["solution"] for text, row in zip(said, rows))
+    of_arrays = right(captions(shipped, [row["image"] for row in rows]))
+    assert of_arrays >= 0.7 * len(rows)
+    for size, name in ((64, "same.jpg"), (192, "large.png"), (200, "odd.jpg")):
+        for row in rows:
+            picture = pictures.draw(row["image"][4:]).resize((size, size), Image.Resampling.NEAREST)
+            picture.save(tmp_path / f"{row['id']}-{name}", quality=90)
+        of_files = right(captions(shipped, [f"{row['id']}-{name}" for row in rows], str(tmp_path)))
+        assert of_files >= of_arrays - 3, name
+    blank = Image.new("RGB", (64, 64), "white")
+    blank.save(tmp_path / "blank.png")
+    assert right(captions(shipped, ["blank.png"] * len(rows), str(tmp_path))) == 0
 
 
 def test_placeholders_stand_where_the_question_puts_them(eyes):

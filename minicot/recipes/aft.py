@@ -77,7 +77,7 @@ FAST = Sizes(
     other_margins=(0.1,), other_ks=(2,),
 )
 SLICE = Sizes(
-    problems=32, k=4, epochs=0.5, batch_size=4, validation=0, test=0, pool=64, votes=1, lrs=(1e-5,),
+    problems=16, k=4, epochs=1.0, batch_size=4, validation=0, test=0, pool=64, votes=1, lrs=(1e-5,),
     margins=(0.3,), seeds=1, other_margins=(), other_ks=(),
 )  # of a real set on a CPU: every path once, four steps of four questions; nothing is generated after it
 
@@ -448,6 +448,10 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--problems", type=int, help="training questions")
     parser.add_argument("--samples-per", type=int, help="K, responses a question")
+    parser.add_argument("--pool", type=int, help="held-out questions of A-accuracy")
+    parser.add_argument("--lrs", help="the grid of learning rates, such as 1e-4,3e-4")
+    parser.add_argument("--methods", help="a part of them, such as rft,aft-boundary; no figures")
+    parser.add_argument("--name", help="of the results file, instead of aft or aft_<set>")
     parser.add_argument("--fast", action="store_true", help="a small part of the work; no results file")
     parser.add_argument("--fresh", action="store_true", help="run every cell again")
     parser.add_argument("--jobs", type=int, default=2, help="cells at once (CPU: one thread each)")
@@ -459,12 +463,13 @@ def main(argv=None):
     parser.add_argument("--test-split", default="test")
     parser.add_argument("--table", action="store_true", help="print the tables of the committed results")
     args = parser.parse_args(argv)
-    name = "aft" if args.data == "toy" else "aft_" + args.data.split(":")[0]
+    name = args.name or ("aft" if args.data == "toy" else "aft_" + args.data.split(":")[0])
     if args.table:
         print(table(json.loads((RESULTS / f"{name}.json").read_text())))
         return
     sizes = (FAST if args.data == "toy" else SLICE) if args.fast else Sizes()
-    given = {"seeds": args.seeds, "problems": args.problems, "k": args.samples_per}
+    given = {"seeds": args.seeds, "problems": args.problems, "k": args.samples_per, "pool": args.pool,
+             "lrs": args.lrs and tuple(map(float, args.lrs.split(",")))}  # fmt: skip
     sizes = replace(sizes, **{key: value for key, value in given.items() if value})
     recipe, started = Recipe(args, sizes), time.perf_counter()
     if args.device == "cpu":
@@ -472,6 +477,12 @@ def main(argv=None):
         torch.set_num_threads(1)
 
     methods = METHODS + RANKED if recipe.toy else METHODS
+    if args.methods:
+        asked = tuple(args.methods.split(","))
+        if unknown := set(asked) - set(methods):
+            raise ValueError(f"--methods has {', '.join(sorted(unknown))}; allowed: {', '.join(methods)}")
+        methods, sizes = asked, replace(sizes, other_margins=(), other_ks=())
+        recipe.sizes = sizes
     settings = [
         (method, lr, margin)
         for method in methods
@@ -486,7 +497,8 @@ def main(argv=None):
             grid = list(pool.map(lambda setting: recipe.grid_cell(*setting), settings))
             for setting in sorted(grid[::-1], key=lambda one: one["accuracy"]):  # the first of equals
                 chosen[setting["name"]] = (setting["lr"], setting["margin"])
-        chosen["aft-none@twin"] = (chosen["aft-boundary"][0], None)
+        if "aft-boundary" in chosen:
+            chosen["aft-none@twin"] = (chosen["aft-boundary"][0], None)
         cells = list(
             pool.map(
                 lambda job: recipe.cell(*job),
@@ -509,7 +521,8 @@ def main(argv=None):
     out = recipe.root / "results" if args.fast else RESULTS
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / f"{name}.json", results, indent=None)
-    draw(results, recipe, out)
+    if not args.methods:
+        draw(results, recipe, out)
     print(table(results))
     print(f"{results['minutes']} minutes -> {out / name}.json")
 

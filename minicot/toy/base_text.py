@@ -1,20 +1,24 @@
-"""What the shipped base model was made from: its tokenizer, its config.json, and a text without any worked
-solution.
+"""What the shipped base models were made from: tokenizer, config.json and texts.
 
     python -m minicot.toy.base_text --rows 60000 --out runs/base-text
     python train.py --init runs/base-text/config.json --data runs/base-text/text.jsonl --out runs/base \\
         --batch-size 64 --lr 3e-3 --save-every 0
 
-    python -m minicot.toy.base_text --pictures --rows 45000 --out runs/seeing
-    python train.py --init toy --vision runs/seeing/tower/config.json --feature-layer -1 \\
-        --data runs/seeing/text.jsonl --mode plain --batch-size 32 --lr 1.5e-3 --save-every 0 \\
-        --out runs/vision-base
+    python -m minicot.toy.base_text --pictures --rows 40000 --out runs/seeing
+    python train.py --init toy --vision runs/seeing/tower/config.json --feature-layer -1 --mode plain \\
+        --data runs/seeing/captions.jsonl --lr 1.5e-3 --no-group-by-length --save-every 0 --out runs/captions
+    python train.py --init runs/captions --mode plain --data runs/seeing/readings.jsonl --lr 1.5e-3 \\
+        --no-group-by-length --save-every 0 --out runs/vision-base
 
-The first pair made the text base (--init toy), the second gives it eyes (runs/vision-base): a random tower
-that learns to see from captions and from questions that read one number, and text again, lest it forget.
-The text is the world's language and arithmetic, not its reasoning: problems as they are told, one comparison
-said twice, sums, differences, products and halves, and questions that are answered by reading one fact. No
-row computes a quantity that a problem asks for. Scenes come from the train split alone.
+The first pair made the text base (--init toy). Its text is the world's language and arithmetic, not its
+reasoning: problems as they are told, one comparison said twice, sums, differences, products and halves, and
+questions that are answered by reading one fact. No row computes a quantity that a problem asks for.
+
+The others give it eyes (--init toy-vision), as LLaVA does it: first captions alone, until a random tower
+sees; then readings of pictures, and worked solutions of problems that are told, for the papers' models, too,
+reason in text before they do about pictures. No row works on a picture. Batches of mixed rows matter: grouped
+by length they are of one kind of picture each, and a probe's loss after 300 steps was 1.06 instead of 0.88.
+Scenes come from the train split alone.
 """
 
 import argparse
@@ -25,7 +29,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from minicot.toy import pictures
+from minicot.toy import pictures, problems
 from minicot.toy.problems import ITEMS, NAMES, WORDINGS, make_scene, perception_questions, row_of, split_of
 
 SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -48,9 +52,9 @@ CONFIG = {
 
 TOWER = {
     "model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "image_size": pictures.SIZE, "patch_size": pictures.PATCH, "num_channels": 3,
+    "num_attention_heads": 4, "image_size": pictures.SIZE, "patch_size": 2 * pictures.PATCH, "num_channels": 3,
     "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128, "attention_dropout": 0.0,
-    "initializer_range": 0.02, "position_initializer_range": 0.5,
+    "initializer_range": 0.1, "position_initializer_range": 1.0,
 }  # fmt: skip
 PROCESSOR = {
     "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "resample": 3,
@@ -106,14 +110,30 @@ def base_rows(n, seed=0):
     return found
 
 
-def seeing_rows(n, start=20_000):
-    """n rows: captions of pictures (three in five), questions that read one number, and base rows (a fifth
-    each). The pictures are of the train split, behind the first 20,000, which data.py reads."""
-    captions = pictures.caption_rows("train", 3 * n // 5, start=start)
+def reading_rows(n, start=20_000):
+    """n rows: readings of one thing in a picture and worked solutions of problems that are told (three tenths
+    each), captions (a fifth), questions that read one number, base rows (a tenth each). No row works on a
+    picture. All are of the train split, behind the first 20,000, which data.py reads."""
+    think = lambda rows: [{**row, "question": row["question"] + "\nThink step by step."} for row in rows]
+    readings = think(pictures.reading_rows("train", 3 * n // 10, start=start))
+    told = think(problems.rows("train", 3 * n // 10, start=start))
     reads = [{**row, "question": row["question"] + "\nAnswer briefly.", "solution": row["answer"]}
-             for row in pictures.perception_rows("train", n // 5, start=start)]  # fmt: skip
-    text = [{"id": f"text-{i}", **row} for i, row in enumerate(base_rows(n // 5, seed=1))]
-    return captions + reads + text
+             for row in pictures.perception_rows("train", n // 10, start=start)]  # fmt: skip
+    captions = pictures.caption_rows("train", n // 5, start=start)
+    text = [{"id": f"text-{i}", **row} for i, row in enumerate(base_rows(n // 10, seed=1))]
+    return readings + told + reads + captions + text
+
+
+def told_rows(n, start=40_000):
+    """n rows: more worked solutions of problems that are told (three fifths), readings (three tenths, half of
+    them of tables, whose column is the hardest to find) and captions."""
+    think = lambda rows: [{**row, "question": row["question"] + "\nThink step by step."} for row in rows]
+    told = think(problems.rows("train", 3 * n // 5, start=start))
+    readings = think(pictures.reading_rows("train", 3 * n // 20, start=start))
+    tables = think(pictures.reading_rows("train", 3 * n // 20, start=start, kind="table"))
+    seen = {row["id"] for row in readings}
+    tables = [row for row in tables if row["id"] not in seen]
+    return told + readings + tables + pictures.caption_rows("train", n // 10, start=start)
 
 
 def train_tokenizer(texts):
@@ -151,7 +171,9 @@ def main():
         tower.mkdir(exist_ok=True)
         (tower / "config.json").write_text(json.dumps(TOWER, indent=1) + "\n")
         (tower / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=1) + "\n")
-        write_rows(seeing_rows(args.rows), args.out)
+        write_rows(pictures.caption_rows("train", args.rows, start=20_000), args.out / "captions.jsonl")
+        write_rows(reading_rows(3 * args.rows // 2), args.out / "readings.jsonl")
+        write_rows(told_rows(args.rows), args.out / "told.jsonl")
         return
     rows = base_rows(args.rows)
     words = [
@@ -174,11 +196,11 @@ def main():
     }
     for name, value in files.items():
         (args.out / name).write_text(json.dumps(value, indent=1) + "\n")
-    write_rows(rows, args.out)
+    write_rows(rows, args.out / "text.jsonl")
 
 
 def write_rows(rows, out):
-    with open(out / "text.jsonl", "w", encoding="utf-8") as file:
+    with open(out, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     print(f"{len(rows)} rows -> {out}")
 

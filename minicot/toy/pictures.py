@@ -236,6 +236,19 @@ def perception_rows(split: str, n: int, *, start: int = 0, kind: str | None = No
     return found
 
 
+def reading_rows(split: str, n: int, *, start: int = 0, kind: str | None = None) -> list[dict]:
+    """Questions for every number of ONE thing, asked behind what a problem tells; the solution reads them in
+    the picture's order, as a worked solution begins: {id, question, solution, image}."""
+    found = []
+    for scene in _scenes(split, n, start, kind):
+        row, reads = row_of(scene), read_from(scene)
+        asked = f"How many {scene.asked.item} does each have in the picture?{PLACEHOLDER}"
+        found.append({"id": f"{scene.id}-reading", "image": f"toy:{scene.id}",
+                      "question": " ".join([*row["facts"][row["shown"]:], asked]),
+                      "solution": "\n".join(row["steps"][:len(reads)])})
+    return found
+
+
 def label_steps(row_or_id: dict | str | Scene, steps: list[str]) -> list[bool]:
     """problems.label_steps for rows of both worlds; in a picture's a misread number is a wrong step."""
     return problems.label_steps(scene_of(row_or_id), steps)
@@ -305,11 +318,11 @@ def _draw_table(canvas, shown, rng):
     """A head with two things, then a line of 16 pixels a person: the name and two numbers in the colours of
     the things."""
     for place, quantity in enumerate(shown):
-        x, y = 24 + 24 * (place % 2), 16 + 16 * (place // 2)
+        x, y = 16 + 32 * (place % 2), 16 + 16 * (place // 2)
         if place < 2:
             _put(canvas, x + 4, 0, [quantity.item], COLOURS[quantity.item])
         else:
             canvas[y - 5, :] = GREY
         _put(canvas, 1, y, quantity.who.upper())
         _put(canvas, x + 2, y, str(quantity.value), COLOURS[quantity.item], step=8)
-    canvas[11, :] = canvas[:, 20] = canvas[:, 44] = GREY
+    canvas[11, :] = canvas[:, 15] = canvas[:, 39] = GREY
