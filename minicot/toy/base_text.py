@@ -5,19 +5,22 @@
         --batch-size 64 --lr 3e-3 --save-every 0
 
     python -m minicot.toy.base_text --pictures --rows 40000 --out runs/seeing
-    python train.py --init toy --vision runs/seeing/tower/config.json --feature-layer -1 --mode plain \\
-        --data runs/seeing/captions.jsonl --lr 1.5e-3 --no-group-by-length --save-every 0 --out runs/captions
-    python train.py --init runs/captions --mode plain --data runs/seeing/readings.jsonl --lr 1.5e-3 \\
-        --no-group-by-length --save-every 0 --out runs/vision-base
+    flags="--mode plain --lr 1.5e-3 --no-group-by-length --save-every 0"
+    python train.py $flags --init toy --vision runs/seeing/tower/config.json --feature-layer -1 \\
+        --data runs/seeing/captions.jsonl --out runs/captions
+    python train.py $flags --init runs/captions --data runs/seeing/readings.jsonl --out runs/readings
+    python train.py $flags --init runs/readings --data runs/seeing/told.jsonl --out runs/told
+    python train.py $flags --init runs/told --data runs/seeing/described.jsonl --out runs/vision-base
 
 The first pair made the text base (--init toy). Its text is the world's language and arithmetic, not its
 reasoning: problems as they are told, one comparison said twice, sums, differences, products and halves, and
 questions that are answered by reading one fact. No row computes a quantity that a problem asks for.
 
-The others give it eyes (--init toy-vision), as LLaVA does it: first captions alone, until a random tower
-sees; then readings of pictures, and worked solutions of problems that are told, for the papers' models, too,
-reason in text before they do about pictures. No row works on a picture. Batches of mixed rows matter: grouped
-by length they are of one kind of picture each, and a probe's loss after 300 steps was 1.06 instead of 0.88.
+The others give it eyes (--init toy-vision), as LLaVA does it: captions alone, until a random tower sees; then
+readings of pictures; and worked solutions of problems that are told or described in words, for the papers'
+models, too, reason in text before they do about pictures. No row works on a picture. Batches of mixed rows
+matter: grouped by length they are of one kind of picture each, and a probe's loss after 300 steps was 1.06
+instead of 0.88.
 Scenes come from the train split alone.
 """
 
@@ -52,7 +55,8 @@ CONFIG = {
 
 TOWER = {
     "model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "image_size": pictures.SIZE, "patch_size": 2 * pictures.PATCH, "num_channels": 3,
+    "num_attention_heads": 4, "image_size": pictures.SIZE, "patch_size": 2 * pictures.PATCH,
+    "num_channels": 3,
     "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128, "attention_dropout": 0.0,
     "initializer_range": 0.1, "position_initializer_range": 1.0,
 }  # fmt: skip
@@ -110,30 +114,43 @@ def base_rows(n, seed=0):
     return found
 
 
-def reading_rows(n, start=20_000):
-    """n rows: readings of one thing in a picture and worked solutions of problems that are told (three tenths
-    each), captions (a fifth), questions that read one number, base rows (a tenth each). No row works on a
-    picture. All are of the train split, behind the first 20,000, which data.py reads."""
-    think = lambda rows: [{**row, "question": row["question"] + "\nThink step by step."} for row in rows]
-    readings = think(pictures.reading_rows("train", 3 * n // 10, start=start))
-    told = think(problems.rows("train", 3 * n // 10, start=start))
-    reads = [{**row, "question": row["question"] + "\nAnswer briefly.", "solution": row["answer"]}
-             for row in pictures.perception_rows("train", n // 10, start=start)]  # fmt: skip
-    captions = pictures.caption_rows("train", n // 5, start=start)
-    text = [{"id": f"text-{i}", **row} for i, row in enumerate(base_rows(n // 10, seed=1))]
-    return readings + told + reads + captions + text
+# What gives the text base eyes: file -> rows for each of --rows, the first picture or scene (the first 20,000
+# of the train split are data.py's), and the share of each kind of row.
+STAGES = {
+    "captions": (1.0, 20_000, {"caption": 1}),
+    "readings": (1.5, 20_000, {"reading": 0.3, "told": 0.3, "number": 0.1, "caption": 0.2, "text": 0.1}),
+    "told": (1.0, 40_000, {"told": 0.6, "reading": 0.15, "table": 0.15, "caption": 0.1}),
+    "described": (1.0, 60_000, {"described": 0.5, "reading": 0.125, "table": 0.125, "told": 0.125,
+                                "number": 0.125}),
+}
 
 
-def told_rows(n, start=40_000):
-    """n rows: more worked solutions of problems that are told (three fifths), readings (three tenths, half of
-    them of tables, whose column is the hardest to find) and captions."""
-    think = lambda rows: [{**row, "question": row["question"] + "\nThink step by step."} for row in rows]
-    told = think(problems.rows("train", 3 * n // 5, start=start))
-    readings = think(pictures.reading_rows("train", 3 * n // 20, start=start))
-    tables = think(pictures.reading_rows("train", 3 * n // 20, start=start, kind="table"))
-    seen = {row["id"] for row in readings}
-    tables = [row for row in tables if row["id"] not in seen]
-    return told + readings + tables + pictures.caption_rows("train", n // 10, start=start)
+def seeing_rows(n, start, shares):
+    """n rows of the train split: captions, readings of one thing in a picture ("table": of a table),
+    questions for one number, problems with worked solutions that are told from the start, or whose picture is
+    described in words instead of shown, and base rows. No row works on a picture."""
+    ask = lambda rows, how: [{**row, "question": row["question"] + how} for row in rows]
+    think, brief, found = "\nThink step by step.", "\nAnswer briefly.", {}
+    for kind, share in shares.items():
+        k = int(share * n)
+        if kind == "caption":
+            rows = pictures.caption_rows("train", k, start=start)
+        elif kind in ("reading", "table"):
+            only = kind if kind == "table" else None
+            rows = ask(pictures.reading_rows("train", k, start=start, kind=only), think)
+        elif kind == "number":
+            reads = pictures.perception_rows("train", k, start=start)
+            rows = ask([{**row, "solution": row["answer"]} for row in reads], brief)
+        elif kind == "told":
+            rows = ask(problems.rows("train", k, start=start), think)
+        elif kind == "described":
+            rows = ask([{"id": f"{row['id']}-described", "solution": row["solution"],
+                         "question": row["question"].replace("<image>", row["caption"])}
+                        for row in pictures.rows("train", k, start=start)], think)
+        else:
+            rows = [{"id": f"text-{i}", **row} for i, row in enumerate(base_rows(k, seed=1))]
+        found = {row["id"]: row for row in rows} | found     # a table may be read in two of the kinds
+    return list(found.values())
 
 
 def train_tokenizer(texts):
@@ -171,9 +188,8 @@ def main():
         tower.mkdir(exist_ok=True)
         (tower / "config.json").write_text(json.dumps(TOWER, indent=1) + "\n")
         (tower / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=1) + "\n")
-        write_rows(pictures.caption_rows("train", args.rows, start=20_000), args.out / "captions.jsonl")
-        write_rows(reading_rows(3 * args.rows // 2), args.out / "readings.jsonl")
-        write_rows(told_rows(args.rows), args.out / "told.jsonl")
+        for name, (times, start, shares) in STAGES.items():
+            write_rows(seeing_rows(int(times * args.rows), start, shares), args.out / f"{name}.jsonl")
         return
     rows = base_rows(args.rows)
     words = [
