@@ -1,5 +1,7 @@
 """The figures. matplotlib is imported only here, and only when a figure is drawn."""
 
+from pathlib import Path
+
 
 def figure(width=6, height=3.5, panels=1):
     import matplotlib
@@ -16,6 +18,8 @@ def save(fig, path):
 
     fig.savefig(path, metadata={"Date": None})
     pyplot.close(fig)
+    lines = Path(path).read_text().splitlines()
+    Path(path).write_text("\n".join(line.strip() for line in lines) + "\n")
 
 
 def loss_curve(lines, path):
@@ -82,7 +86,7 @@ def scores_over_training(histories, path, window=15):
                 / len(points[max(0, i - window) : i + 1])
                 for i in range(len(points))
             ]
-            thin = slice(None, None, max(1, len(points) // 120))  # a figure of some kilobytes
+            thin = slice(None, None, max(1, len(points) // 60))  # a figure of some kilobytes
             steps = [step for step, _ in points]
             label = name if style == "-" else None
             axes.plot(steps[thin], means[thin], style, color=colour, label=label)

@@ -43,7 +43,17 @@ from minicot.metrics import (
     rerank_accuracy,
     share_with_pair,
 )
-from minicot.recipes.cells import claims_of, command, from_hex, judge, made_by, run_cell, to_hex
+from minicot.recipes.cells import (
+    claims_of,
+    command,
+    from_hex,
+    judge,
+    made_by,
+    pack_pairs,
+    run_cell,
+    to_hex,
+    unpack_pairs,
+)
 from minicot.scoring import score
 from minicot.tokenizer import Tokenizer
 from minicot.training import ROOT, weights_digest, write_json, write_jsonl
@@ -320,10 +330,11 @@ def numbers(cells, name, metric):
             rows.append(from_hex(cell["correct"]))
         elif metric == "reference_nll":
             rows.append(cell["metrics"].get("reference_nlls", []))
-        else:  # right pairs of a problem over the mean number of pairs: their mean is the ratio
-            pairs = cell["metrics"]["a_held_pairs"]
-            mean = sum(n for _, n in pairs) / len(pairs)
-            rows.append([right / mean for right, _ in pairs])
+        else:  # a ratio of sums as a mean over problems (linearised): the ratio, and each one's pull on it
+            pairs = unpack_pairs(cell["metrics"]["a_held_pairs"])
+            ratio, mean = (sum(column) / len(pairs) for column in zip(*pairs))
+            ratio /= mean
+            rows.append([ratio + (right - ratio * n) / mean for right, n in pairs])
     return rows
 
 
@@ -426,8 +437,14 @@ def slim(cells):
     kept = {(claim[side], claim["metric"]) for claim in CLAIMS for side in ("ours", "other")}
     lists = {"a_held_pairs": "a_held", "reference_nlls": "reference_nll"}
     needed = lambda name, key: key not in lists or (name, lists[key]) in kept
-    return [{**cell, "metrics": {k: v for k, v in cell["metrics"].items() if needed(cell["name"], k)}}
-            for cell in cells]  # fmt: skip
+    found = []
+    for cell in cells:
+        metrics = {k: round(v, 5) if isinstance(v, float) else v for k, v in cell["metrics"].items()
+                   if needed(cell["name"], k) and k != "pass"}  # fmt: skip
+        if "a_held_pairs" in metrics:
+            metrics["a_held_pairs"] = pack_pairs(unpack_pairs(metrics["a_held_pairs"]))
+        found.append({**cell, "metrics": metrics})
+    return found
 
 
 def ablation_jobs(sizes, chosen):

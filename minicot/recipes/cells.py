@@ -18,7 +18,7 @@ import torch
 from minicot.metrics import mean_interval, paired_difference, verdict
 from minicot.training import write_json
 
-LOCKS = {}
+LOCKS, DIGITS = {}, "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 def command(script, *switches, **flags):
@@ -80,6 +80,18 @@ def to_hex(bits):
 
 def from_hex(digits):
     return [int(bit) for bit in f"{int(digits, 16):b}"[1:]]
+
+
+def pack_pairs(pairs):
+    """[[right, pairs] of each problem], both below 36 -> two characters a problem."""
+    return "".join(DIGITS[number] for pair in pairs for number in pair)
+
+
+def unpack_pairs(packed):
+    """The inverse; lists are taken as they are."""
+    if not isinstance(packed, str):
+        return packed
+    return [[DIGITS.index(right), DIGITS.index(n)] for right, n in zip(packed[::2], packed[1::2])]
 
 
 def judge(claim, ours, other=None):
