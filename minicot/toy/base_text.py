@@ -61,7 +61,7 @@ TOWER = {
     "initializer_range": 0.1, "position_initializer_range": 1.0,
 }  # fmt: skip
 PROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "resample": 3,
+    "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "resample": 4,
     "size": {"height": pictures.SIZE, "width": pictures.SIZE}, "do_center_crop": False, "do_rescale": True,
     "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
 }  # fmt: skip
