@@ -246,7 +246,8 @@ class Recipe:
         found, context, both = {}, model.config.max_position_embeddings, not self.toy
         for name, file in (("train", "samples.jsonl"), ("held", "pool.jsonl")):
             samples = read_samples(self.folder("vft", seed) / file)[: self.sizes.pool]
-            groups, _ = make_groups(tokenizer, samples, mode="cot", max_length=context, reference=both)
+            told = both and all(one.problem.solution for one in samples)      # a split may have none
+            groups, _ = make_groups(tokenizer, samples, mode="cot", max_length=context, reference=told)
             tables, logps_of = [], {True: [], False: []}
             for start in range(0, len(groups), 16):
                 batch = collate(groups[start : start + 16], tokenizer.pad_id).to(self.args.device)
