@@ -48,9 +48,9 @@ MODES = ("direct", "cot")
 class Sizes:
     taught: int = 9000  # training problems that the teacher answers
     error_rate: float = 0.25  # ... wrongly
-    steps: int = 200  # of the direct, CoT and both mixes, alike
+    steps: int = 700  # of the direct, CoT and both mixes, alike
     batch_size: int = 32
-    lr: float = 1.5e-3
+    lr: float = 2e-3
     format_rows: int = 48  # problems of the format-only mix, each with both prompts
     format_steps: int = 9
     sampled: int = 500  # training problems that DPO samples
