@@ -1,5 +1,6 @@
 """The figures. matplotlib is imported only here, and only when a figure is drawn."""
 
+import io
 from pathlib import Path
 
 
@@ -16,10 +17,10 @@ def figure(width=6, height=3.5, panels=1):
 def save(fig, path):
     from matplotlib import pyplot
 
-    fig.savefig(path, metadata={"Date": None})
+    svg = io.StringIO()
+    fig.savefig(svg, format="svg", metadata={"Date": None})
     pyplot.close(fig)
-    lines = Path(path).read_text().splitlines()
-    Path(path).write_text("\n".join(line.strip() for line in lines) + "\n")
+    Path(path).write_text("".join(line.strip() + "\n" for line in svg.getvalue().splitlines()))  # no indents
 
 
 def loss_curve(lines, path):

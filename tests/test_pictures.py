@@ -15,6 +15,7 @@ import pytest
 from minicot.answers import extract_answer, is_correct
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures, problems, teacher
+from minicot.toy.base_text import STAGES, seeing_rows
 from minicot.toy.pictures import (COLOURS, KINDS, LARGEST, caption_rows, chain, draw, glyphs, grade,
                                   in_picture, label_steps, make_picture, make_problem, perception_rows,
                                   read_from, reading_rows, row_of, rows, scene_of, split_of)
@@ -183,6 +184,17 @@ def test_a_reading_is_how_a_solution_begins_and_computes_nothing():
         assert reading["solution"] == "\n".join(row["steps"][:reads]) and reading["image"] == row["image"]
         facts, asked = " ".join(row["facts"][row["shown"]:]), scene_of(row).asked.item
         assert reading["question"] == f"{facts} How many {asked} does each have in the picture?\n<image>"
+
+
+def test_what_gives_the_base_eyes_works_on_no_picture():
+    for name, (_, _, shares) in STAGES.items():
+        found = seeing_rows(400, 0, shares)
+        assert len({row["id"] for row in found}) == len(found) > 360, name
+        shown = [row for row in found if "image" in row]
+        assert shown and all(("<image>" in row["question"]) == ("image" in row) for row in found)
+        assert not any("=" in row["solution"] or "####" in row["solution"] for row in shown), name
+        worked = sum("####" in row["solution"] for row in found)
+        assert worked == round(400 * (shares.get("told", 0) + shares.get("described", 0))), name
 
 
 def test_no_two_splits_share_the_numbers_of_a_picture():

@@ -7,7 +7,7 @@ import pytest
 
 from minicot import plots
 from minicot.recipes import aft
-from minicot.recipes.cells import command, from_hex, judge, run_cell, to_hex
+from minicot.recipes.cells import command, from_hex, judge, pack_pairs, run_cell, to_hex, unpack_pairs
 from minicot.training import ROOT
 
 
@@ -114,6 +114,20 @@ def test_figures_are_drawn(tmp_path):
     lines = [{"step": i, "score_right": -0.3, "score_wrong": None if i == 2 else -0.5} for i in range(5)]
     plots.scores_over_training({"aft-none": lines}, tmp_path / "s.svg")
     assert all((tmp_path / f"{name}.svg").stat().st_size > 2000 for name in "dhs")
+
+
+def test_a_ratio_has_no_spread_where_every_problem_has_it_and_is_not_the_mean_of_ratios():
+    row = lambda pairs: [{"name": "x", "seed": 0, "metrics": {"a_held_pairs": pairs}}]
+    assert aft.numbers(row([[1, 2], [2, 4], [5, 10]]), "x", "a_held") == [[0.5] * 3]
+    [found] = aft.numbers(row([[1, 1], [0, 3], [2, 4]]), "x", "a_held")
+    assert sum(found) / 3 == pytest.approx(3 / 8)                  # 3 of 8 pairs
+    # by hand: ratio 3/8, mean pairs 8/3; (right - 3/8 n) / (8/3) = 5/8, -9/8, 1/2, each times 3/8
+    assert found == pytest.approx([3 / 8 + 15 / 64, 3 / 8 - 27 / 64, 3 / 8 + 12 / 64])
+
+
+def test_packed_pairs_come_back():
+    pairs = [[0, 0], [3, 4], [10, 35]]
+    assert unpack_pairs(pack_pairs(pairs)) == pairs == unpack_pairs(pairs)
 
 
 def test_a_part_of_the_methods_must_be_methods():

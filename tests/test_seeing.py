@@ -164,6 +164,20 @@ def test_only_the_named_part_learns(folder, part, moved):
     assert changed and all(name.startswith(moved) for name in changed)
 
 
+def test_rows_of_like_length_share_a_batch_unless_told_otherwise(folder):
+    losses = {}
+    for switch in ("--group-by-length", "--no-group-by-length"):
+        done = script(
+            "train.py", "--init", folder, "--data", "toy-pictures", "--mode", "both", "--limit", 8, switch,
+            "--steps", 4, "--batch-size", 4, "--lr", 1e-9, "--out", switch.strip("-"), cwd=folder.parent,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        lines = (folder.parent / switch.strip("-") / "metrics.jsonl").read_text().splitlines()
+        losses[switch] = [json.loads(line)["loss"] for line in lines]
+    spread = {switch: max(found) - min(found) for switch, found in losses.items()}
+    assert spread["--group-by-length"] > spread["--no-group-by-length"]  # bare answers and chains apart
+
+
 def test_the_tower_has_its_own_learning_rate(folder):
     home, lines = folder.parent, ["--data", "toy-pictures", "--limit", 4, "--steps", 1, "--lr", 1e-2]
     done = script("train.py", "--init", "model", *lines, "--vision-lr", 0, "--out", "still", cwd=home)

@@ -489,18 +489,17 @@ def main(argv=None):
     given = {"seeds": args.seeds, "problems": args.problems, "k": args.samples_per, "pool": args.pool,
              "lrs": args.lrs and tuple(map(float, args.lrs.split(",")))}  # fmt: skip
     sizes = replace(sizes, **{key: value for key, value in given.items() if value})
-    recipe, started = Recipe(args, sizes), time.perf_counter()
-    if args.device == "cpu":
-        os.environ.setdefault("OMP_NUM_THREADS", "1" if args.jobs > 1 else "2")
-        torch.set_num_threads(1)
-
-    methods = METHODS + RANKED if recipe.toy else METHODS
+    methods = METHODS + RANKED if args.data == "toy" else METHODS
     if args.methods:
         asked = tuple(args.methods.split(","))
         if unknown := set(asked) - set(methods):
             raise ValueError(f"--methods has {', '.join(sorted(unknown))}; allowed: {', '.join(methods)}")
         methods, sizes = asked, replace(sizes, other_margins=(), other_ks=())
-        recipe.sizes = sizes
+    recipe, started = Recipe(args, sizes), time.perf_counter()
+    if args.device == "cpu":
+        os.environ.setdefault("OMP_NUM_THREADS", "1" if args.jobs > 1 else "2")
+        torch.set_num_threads(1)
+
     settings = [
         (method, lr, margin)
         for method in methods

@@ -149,7 +149,8 @@ def seeing_rows(n, start, shares):
                         for row in pictures.rows("train", k, start=start)], think)
         else:
             rows = [{"id": f"text-{i}", **row} for i, row in enumerate(base_rows(k, seed=1))]
-        found = {row["id"]: row for row in rows} | found     # a table may be read in two of the kinds
+        for row in rows:
+            found.setdefault(row["id"], row)                # a table may be read in two of the kinds
     return list(found.values())
 
 
