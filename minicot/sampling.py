@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from minicot.data import Response, Samples, grade, prompt_text, seed_of
-from minicot.model import KVCache
+from minicot.model import KVCache, attend
 
 
 def filter_logits(logits, top_k, top_p):
@@ -101,13 +101,13 @@ class DecodeCache:
     def attend(self, layer, q, k, v, mask):
         """q (R,H,1,D), k, v (R,K,1,D) -> (R,H,1,D)."""
         (R, H, _, D), K, S = q.shape, k.shape[1], self.end
-        G, q, never = H // K, q.view(R, K, H // K, D) * D ** -0.5, -torch.inf
         self.own.keys[layer][self.rows, :, self.at] = k[:, :, 0]
         self.own.values[layer][self.rows, :, self.at] = v[:, :, 0]
         keys, values = self.own.keys[layer][:, :, :S], self.own.values[layer][:, :, :S]
-        to_own = (q @ keys.transpose(2, 3)).masked_fill(~self.own_seen[:, None, None], never)      # (R,K,G,S)
         if not self.prompts:
-            return (to_own.softmax(-1) @ values).reshape(R, H, 1, D)
+            return attend(q, keys, values, self.own_seen[:, None, None])
+        G, q, never = H // K, q.view(R, K, H // K, D) * D ** -0.5, -torch.inf
+        to_own = (q @ keys.transpose(2, 3)).masked_fill(~self.own_seen[:, None, None], never)      # (R,K,G,S)
         B, P = self.prompt_seen.shape
         of_slots = lambda x: x.view(B, self.n, K, G, -1).transpose(1, 2).reshape(B, K, self.n * G, -1)
         of_rows = lambda x: x.view(B, K, self.n, G, -1).transpose(1, 2).reshape(R, K, G, -1)

@@ -20,6 +20,7 @@ R response tokens of the longest; H heads, D channels of a head.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
@@ -56,7 +57,7 @@ def chunked_logps(head, hidden, ids):
     def logps(hidden, ids):
         logits = head(hidden)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+        return -F.cross_entropy(logits, ids, reduction="none")   # fewer passes over the logits than by hand
 
     rows = max(1, CHUNK // head(hidden[:1]).shape[-1])
     if len(ids) <= rows:

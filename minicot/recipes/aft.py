@@ -26,6 +26,7 @@ import torch
 
 from minicot import plots
 from minicot.data import (
+    Response,
     collate,
     encode_row,
     make_groups,
@@ -126,6 +127,12 @@ PAPER = {
 }
 
 
+def with_reference(group):
+    """A question's samples and its written solution as a right response among them."""
+    reference = Response(group.problem.solution, correct=True)
+    return replace(group, responses=[*group.responses, reference])
+
+
 class Recipe:
     """The folders and commands of the cells, runs/aft/<set>/<cell>-s<seed>/."""
 
@@ -162,6 +169,8 @@ class Recipe:
                 for group in read_samples(out / graded)
             ]  # right/wrong: the same responses, grades left out
             write_jsonl(out / plain, map(samples_to_row, rows))
+            if plain == "samples.jsonl" and not self.toy:  # a weak model answers few rightly: DPO's pairs
+                write_jsonl(out / "referenced.jsonl", map(samples_to_row, map(with_reference, rows)))
             for k in s.other_ks if plain == "samples.jsonl" else ():
                 first = [replace(group, responses=group.responses[:k]) for group in rows]
                 write_jsonl(out / f"samples_k{k}.jsonl", map(samples_to_row, first))
@@ -182,6 +191,7 @@ class Recipe:
         method, _, constraint = name.partition("@")[0].removeprefix("rank-").partition("-")
         samples = vft / ("graded.jsonl" if name.startswith("rank-") else "samples.jsonl")
         samples = vft / f"samples_k{k}.jsonl" if k else samples
+        samples = vft / "referenced.jsonl" if method == "dpo" and not self.toy else samples
         every_mixed = dict(pair_low=0.001, pair_high=0.999) if method == "dpo" else {}
         words = command(
             "align.py", "--overwrite", *switches, method=method, constraint=constraint or "none", lr=lr,

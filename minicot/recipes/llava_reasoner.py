@@ -48,12 +48,12 @@ MODES = ("direct", "cot")
 class Sizes:
     taught: int = 9000  # training problems that the teacher answers
     error_rate: float = 0.25  # ... wrongly
-    steps: int = 700  # of the direct, CoT and both mixes, alike
+    steps: int = 600  # of the direct, CoT and both mixes, alike
     batch_size: int = 32
     lr: float = 2e-3
     format_rows: int = 48  # problems of the format-only mix, each with both prompts
     format_steps: int = 9
-    sampled: int = 500  # training problems that DPO samples
+    sampled: int = 400  # training problems that DPO samples
     k: int = 32
     validation: int = 300
     test: int = 1000

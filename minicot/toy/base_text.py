@@ -9,19 +9,21 @@
     python train.py $flags --init toy --vision runs/seeing/tower/config.json --feature-layer -1 \\
         --data runs/seeing/captions.jsonl --out runs/captions
     python train.py $flags --init runs/captions --data runs/seeing/readings.jsonl --out runs/readings
-    python train.py $flags --init runs/readings --data runs/seeing/told.jsonl --out runs/told
-    python train.py $flags --init runs/told --data runs/seeing/described.jsonl --out runs/vision-base
+    python train.py $flags --init runs/readings --data runs/seeing/listed.jsonl --out runs/vision-base
 
 The first pair made the text base (--init toy). Its text is the world's language and arithmetic, not its
 reasoning: problems as they are told, one comparison said twice, sums, differences, products and halves, and
 questions that are answered by reading one fact. No row computes a quantity that a problem asks for.
 
 The others give it eyes (--init toy-vision), as LLaVA does it: captions alone, until a random tower sees; then
-readings of pictures; and worked solutions of problems that are told or described in words, for the papers'
+readings of pictures; and worked solutions of problems that are told or listed in words, for the papers'
 models, too, reason in text before they do about pictures. No row works on a picture. Batches of mixed rows
 matter: grouped by length they are of one kind of picture each, and a probe's loss after 300 steps was 1.06
 instead of 0.88.
 Scenes come from the train split alone.
+
+What it reads: rows and bars without fault, of a table every number but not which column is asked for. That
+and the look-up of a number by its name, in text too, are what a text base of this size has not learned.
 """
 
 import argparse
@@ -118,17 +120,27 @@ def base_rows(n, seed=0):
 # of the train split are data.py's), and the share of each kind of row.
 STAGES = {
     "captions": (1.0, 20_000, {"caption": 1}),
-    "readings": (1.5, 20_000, {"reading": 0.3, "told": 0.3, "number": 0.1, "caption": 0.2, "text": 0.1}),
-    "told": (1.0, 40_000, {"told": 0.6, "reading": 0.15, "table": 0.15, "caption": 0.1}),
-    "described": (1.0, 60_000, {"described": 0.5, "reading": 0.125, "table": 0.125, "told": 0.125,
-                                "number": 0.125}),
+    "readings": (1.5, 20_000, {"reading": 0.25, "table": 0.15, "listed": 0.25, "number": 0.05,
+                               "caption": 0.15, "told": 0.1, "text": 0.05}),
+    "listed": (1.5, 60_000, {"listed": 0.45, "reading": 0.2, "table": 0.1, "told": 0.15, "number": 0.05,
+                             "caption": 0.05}),
 }
+
+
+def listed(row):
+    """What a picture shows, the names apart from the numbers: "Tom, Ana. pens: 7, 3. cups: 4, 11." A chain
+    must then look up a name's number in what it has itself written, as it must with a picture."""
+    shown = pictures.in_picture(pictures.scene_of(row))
+    numbers = {item: [str(one.value) for one in shown if one.item == item] for item in
+               dict.fromkeys(one.item for one in shown)}
+    names = ", ".join(dict.fromkeys(one.who for one in shown))
+    return " ".join([f"{names}.", *(f"{item}: {', '.join(found)}." for item, found in numbers.items())])
 
 
 def seeing_rows(n, start, shares):
     """n rows of the train split: captions, readings of one thing in a picture ("table": of a table),
     questions for one number, problems with worked solutions that are told from the start, or whose picture is
-    described in words instead of shown, and base rows. No row works on a picture."""
+    listed in words instead of shown, and base rows. No row works on a picture."""
     ask = lambda rows, how: [{**row, "question": row["question"] + how} for row in rows]
     think, brief, found = "\nThink step by step.", "\nAnswer briefly.", {}
     for kind, share in shares.items():
@@ -143,9 +155,9 @@ def seeing_rows(n, start, shares):
             rows = ask([{**row, "solution": row["answer"]} for row in reads], brief)
         elif kind == "told":
             rows = ask(problems.rows("train", k, start=start), think)
-        elif kind == "described":
-            rows = ask([{"id": f"{row['id']}-described", "solution": row["solution"],
-                         "question": row["question"].replace("<image>", row["caption"])}
+        elif kind == "listed":
+            rows = ask([{"id": f"{row['id']}-listed", "solution": row["solution"],
+                         "question": row["question"].replace("<image>", listed(row))}
                         for row in pictures.rows("train", k, start=start)], think)
         else:
             rows = [{"id": f"text-{i}", **row} for i, row in enumerate(base_rows(k, seed=1))]

@@ -40,6 +40,9 @@ CAPTION_QUESTION = "How many does each have?" + PLACEHOLDER
 # How a step says what was read, for each of problems.WORDINGS. {p} owner, {c} number, {i} item.
 READINGS = {"plain": "{p} has {c}.", "items": "{p} has {c} {i}.", "so": "{p} has {c} {i}.",
             "colon": "{p}: {c}", "bare": "{p}: {c}", "because": "{p} has {c}."}
+# "Mia has 6, so Sam has 6 / 2 = 3.": a step says whose number it looks up before it uses it. In the wordings
+# of problems.py it comes at once, by a name that is itself still to be found in the question.
+DEFAULT_WORDINGS = ("because",)
 
 LETTERS = """
 .##. ###. #### ###. ..## #..# #... #..# #..# .##. .### ###. #..# #..# ####
@@ -154,6 +157,11 @@ def read_from(scene: Scene) -> list[Quantity]:
     return [quantity for quantity in in_picture(scene) if quantity.item == scene.asked.item]
 
 
+def wordings_of(scene: Scene) -> tuple[str, ...]:
+    """What a solution's wording is drawn from, for scenes of both worlds."""
+    return DEFAULT_WORDINGS if is_picture(scene) else problems.DEFAULT_WORDINGS
+
+
 def chain(scene: Scene) -> list[Quantity]:
     """The quantities that a full solution states: what it reads from the picture, then what it computes."""
     return [*read_from(scene), *scene.derivation]
@@ -182,7 +190,7 @@ def row_of(scene: Scene, *, wording: str | None = None) -> dict:
     """A scene as problems.row_of's row, and: image ("toy:" and the id that draw takes), shown (how many of
     the facts, the first ones, stand in the picture and not in the question), caption (all of these). Steps
     that read come first."""
-    wording = wording or random.Random(f"wording {scene.id}").choice(problems.DEFAULT_WORDINGS)
+    wording = wording or random.Random(f"wording {scene.id}").choice(wordings_of(scene))
     row, shown = problems.row_of(scene, wording=wording), len(in_picture(scene))
     caption = " ".join(row["facts"][:shown])
     steps = [write_step(scene, quantity, wording) for quantity in chain(scene)]
@@ -315,14 +323,16 @@ def _draw_bars(canvas, shown, rng):
 
 
 def _draw_table(canvas, shown, rng):
-    """A head with two things, then a line of 16 pixels a person: the name and two numbers in the colours of
-    the things."""
+    """A head with two things, then a line of 16 pixels a person: the name and two numbers, each above its
+    thing and in its colour. A number's patch so tells of what it is one, and a tower of two layers need not
+    carry that down from the head: without the thing in the cell, columns were read at random."""
     for place, quantity in enumerate(shown):
         x, y = 16 + 32 * (place % 2), 16 + 16 * (place // 2)
         if place < 2:
             _put(canvas, x + 4, 0, [quantity.item], COLOURS[quantity.item])
         else:
-            canvas[y - 5, :] = GREY
+            canvas[y - 1, :] = GREY
         _put(canvas, 1, y, quantity.who.upper())
-        _put(canvas, x + 2, y, str(quantity.value), COLOURS[quantity.item], step=8)
-    canvas[11, :] = canvas[:, 15] = canvas[:, 39] = GREY
+        _put(canvas, x + 2, y, str(quantity.value), step=8)
+        _put(canvas, x + 4, y + PATCH, [quantity.item], COLOURS[quantity.item])
+    canvas[15, :] = canvas[:, 15] = canvas[:, 39] = GREY

@@ -11,7 +11,7 @@ import re
 
 from minicot.answers import STYLES, extract_answer, is_correct, split_steps
 from minicot.toy import problems
-from minicot.toy.pictures import chain, in_picture, read_from, scene_of, write_step
+from minicot.toy.pictures import chain, in_picture, read_from, scene_of, wordings_of, write_step
 from minicot.toy.problems import FACTS, WORDINGS, Quantity, Scene, compute, row_of
 
 MISTAKES = ("arithmetic", "misread", "operation", "skip", "label")
@@ -78,7 +78,7 @@ def corrupt(row: dict, rng: random.Random, kind: str) -> dict:
     if kind not in MISTAKES:
         raise ValueError(f"kind of mistake is {kind!r}; allowed: {', '.join(MISTAKES)}")
     scene = scene_of(row)
-    wording = rng.choice(problems.DEFAULT_WORDINGS)
+    wording = rng.choice(wordings_of(scene))
     steps = [write_step(scene, q, wording) for q in chain(scene)]
     answer, computed = scene.asked.value, len(scene.derivation)
     if kind == "skip":
