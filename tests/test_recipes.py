@@ -6,6 +6,7 @@ import random
 import pytest
 
 from minicot import plots
+from minicot.data import Problem, Response, Samples, pairs
 from minicot.recipes import aft
 from minicot.recipes.cells import command, from_hex, judge, pack_pairs, run_cell, to_hex, unpack_pairs
 from minicot.training import ROOT
@@ -147,3 +148,14 @@ def test_committed_intervals_are_what_the_committed_answers_give(path):
         bits = from_hex(row["correct"])
         assert sum(bits) / len(bits) == pytest.approx(row["metrics"]["accuracy"])
     assert path.stat().st_size <= 200_000
+
+
+def test_on_a_real_set_dpo_may_choose_the_written_solution():
+    """Where no sample is right, right and wrong still meet: the solution first, the window met."""
+    problem = Problem("1", "What is 2 + 2?", answer="4", solution="2 + 2 = 4\n#### 4")
+    wrong = [Response(text, correct=False) for text in ("#### 5", "#### 3")]
+    with pytest.raises(ValueError):
+        pairs([Samples(problem, wrong)], window=(0.001, 0.999), seed=0)
+    found = pairs([aft.with_reference(Samples(problem, wrong))], window=(0.001, 0.999), seed=0)
+    assert sorted([r.text for r in pair.responses] for pair in found) == [
+        [problem.solution, "#### 3"], [problem.solution, "#### 5"]]

@@ -9,7 +9,8 @@
     python train.py $flags --init toy --vision runs/seeing/tower/config.json --feature-layer -1 \\
         --data runs/seeing/captions.jsonl --out runs/captions
     python train.py $flags --init runs/captions --data runs/seeing/readings.jsonl --out runs/readings
-    python train.py $flags --init runs/readings --data runs/seeing/listed.jsonl --out runs/vision-base
+    python train.py $flags --init runs/readings --data runs/seeing/listed.jsonl --out runs/listed
+    python train.py $flags --init runs/listed --data runs/seeing/more.jsonl --out runs/vision-base
 
 The first pair made the text base (--init toy). Its text is the world's language and arithmetic, not its
 reasoning: problems as they are told, one comparison said twice, sums, differences, products and halves, and
@@ -124,6 +125,7 @@ STAGES = {
                                "caption": 0.15, "told": 0.1, "text": 0.05}),
     "listed": (1.5, 60_000, {"listed": 0.45, "reading": 0.2, "table": 0.1, "told": 0.15, "number": 0.05,
                              "caption": 0.05}),
+    "more": (1.5, 100_000, {"listed": 0.5, "reading": 0.2, "table": 0.15, "told": 0.1, "number": 0.05}),
 }
 
 

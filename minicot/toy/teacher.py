@@ -11,17 +11,19 @@ import re
 
 from minicot.answers import STYLES, extract_answer, is_correct, split_steps
 from minicot.toy import problems
-from minicot.toy.pictures import chain, in_picture, read_from, scene_of, wordings_of, write_step
+from minicot.toy.pictures import chain, in_picture, is_picture, read_from, scene_of, wordings_of, write_step
 from minicot.toy.problems import FACTS, WORDINGS, Quantity, Scene, compute, row_of
 
 MISTAKES = ("arithmetic", "misread", "operation", "skip", "label")
 
 
 def rewrite(row: dict, rng: random.Random) -> dict:
-    """The same solution in one wording drawn for all its steps: first what is read from a picture, then all
-    that is computed, in any order in which each step follows what it rests on."""
+    """The same solution in one wording drawn for all its steps (a picture's: of wordings_of): first what is
+    read from a picture, then all that is computed, in any order in which each step follows what it rests
+    on."""
     scene = scene_of(row)
-    wording, left, order = rng.choice(list(WORDINGS)), list(scene.derivation), read_from(scene)
+    wording = rng.choice(wordings_of(scene) if is_picture(scene) else list(WORDINGS))
+    left, order = list(scene.derivation), read_from(scene)
     while left:
         waiting = set(left)
         ready = [q for q in left if not any(scene.quantities[place] in waiting for place in q.of)]
