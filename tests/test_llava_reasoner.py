@@ -119,3 +119,8 @@ def test_committed_results_hold_what_they_claim():
     found = json.loads(path.read_text())
     assert recipe.judge_all(found) == found["claims"] and "--fast" not in found["command"]
     assert path.stat().st_size <= 200_000
+
+
+def test_kept_curves_have_each_problem_at_the_largest_n_and_the_same_means_elsewhere():
+    kept = recipe.slim({1: {"best": [0.0, 0.5]}, 32: {"best": [1.0, 0.25]}})
+    assert kept == {"1": {"best": [0.25]}, "32": {"best": [1.0, 0.25]}}
