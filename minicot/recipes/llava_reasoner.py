@@ -58,7 +58,7 @@ class Sizes:
     validation: int = 300
     test: int = 1000
     pool: int = 300  # test problems of the verifier
-    lrs: tuple = (3e-5, 1e-4, 3e-4)
+    lrs: tuple = (1e-5, 3e-5, 1e-4, 3e-4)
     seeds: int = 3
 
 
