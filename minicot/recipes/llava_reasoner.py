@@ -1,7 +1,7 @@
 """LLaVA-Reasoner, "Improve Vision Language Model Chain-of-thought Reasoning" (arXiv 2410.16198), on toy
 pictures.
 
-    python -m minicot.recipes.llava_reasoner             # 3 seeds, hours on two CPU cores
+    python -m minicot.recipes.llava_reasoner             # 3 seeds, 40 minutes on two CPU cores
     python -m minicot.recipes.llava_reasoner --fast      # a small part of the work, one seed
 
 The path (paper, sections 3 and 4): a noisy teacher writes chains, those that miss the gold answer are dropped
