@@ -289,6 +289,15 @@ def test_the_shipped_base_reads_files_of_other_sizes_and_formats_as_the_arrays(s
     assert right_readings(shipped, rows, ["blank.png"] * len(rows), str(tmp_path)) == 0
 
 
+@pytest.mark.parametrize("name", ["large.png", "large.jpg"])
+def test_a_question_typed_by_hand_about_a_file_is_answered_as_about_the_array(name, tmp_path):
+    row = pictures.reading_rows("test", 1, kind="bars")[0]
+    pictures.draw(row["image"][4:]).resize((200, 200), Image.Resampling.NEAREST).save(tmp_path / name)
+    done = script("sample.py", "--model", "toy-vision", "--temperature", 0, "--image", tmp_path / name,
+                  row["question"], cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0 and row["solution"] in done.stdout, done.stdout
+
+
 def test_placeholders_stand_where_the_question_puts_them(eyes):
     model, tokenizer, reader = eyes
     two = [p.image for p in toy_problems(2)]
