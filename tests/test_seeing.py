@@ -262,16 +262,32 @@ def shipped():
     return model, tokenizer, image_reader(model, tokenizer, folder)
 
 
-def right_readings(shipped, rows, images, root=None):
-    """Of how many reading_rows the shipped base reads every name and number right."""
+def numbers(text):
+    return re.findall(r"(\w+)(?: has|:) (\d+)", text)
+
+
+def readings(shipped, rows, images, root=None):
+    """The (name, number)s that the shipped base reads for each of the reading_rows."""
     model, tokenizer, reader = shipped
-    numbers = lambda text: re.findall(r"(\w+)(?: has|:) (\d+)", text)
     problems = [
         Problem(row["id"], row["question"], image=image, image_root=root) for row, image in zip(rows, images)
     ]
     options = dict(n=1, mode="cot", style="hash", max_new_tokens=60, temperature=0.0, reader=reader, seed=0)
-    said = [one.responses[0].text for one in sample_groups(model, tokenizer, problems, **options)]
-    return sum(numbers(text) == numbers(row["solution"]) for text, row in zip(said, rows))
+    return [numbers(one.responses[0].text) for one in sample_groups(model, tokenizer, problems, **options)]
+
+
+def right_readings(shipped, rows, images, root=None):
+    """Of how many reading_rows it reads every name and number right."""
+    found = readings(shipped, rows, images, root)
+    return sum(read == numbers(row["solution"]) for read, row in zip(found, rows))
+
+
+def test_the_shipped_base_reads_of_a_table_numbers_of_the_right_person(shipped):
+    """Which of a person's two columns is asked for it does not find yet; it makes up no number."""
+    rows = pictures.reading_rows("test", 24, kind="table")
+    for row, read in zip(rows, readings(shipped, rows, [row["image"] for row in rows])):
+        shown = {(q.who, str(q.value)) for q in pictures.in_picture(pictures.scene_of(row["image"][4:]))}
+        assert len(read) == 3 and set(read) <= shown, (row["id"], read)
 
 
 @pytest.mark.parametrize("kind", ["rows", "bars"])
@@ -279,12 +295,13 @@ def test_the_shipped_base_reads_files_of_other_sizes_and_formats_as_the_arrays(s
     rows = pictures.reading_rows("test", 24, kind=kind)
     of_arrays = right_readings(shipped, rows, [row["image"] for row in rows])
     assert of_arrays >= 0.9 * len(rows)
-    for size, name in ((192, "large.png"), (200, "odd.png"), (320, "large.jpg")):
+    for size, name in ((64, "small.jpg"), (192, "large.png"), (200, "odd.png"), (200, "odd.jpg"),
+                       (320, "large.jpg")):  # fmt: skip
         for row in rows:
             picture = pictures.draw(row["image"][4:]).resize((size, size), Image.Resampling.NEAREST)
             picture.save(tmp_path / f"{row['id']}-{name}", quality=90)
         files = [f"{row['id']}-{name}" for row in rows]
-        assert right_readings(shipped, rows, files, str(tmp_path)) >= of_arrays - 4, name
+        assert right_readings(shipped, rows, files, str(tmp_path)) >= of_arrays - (8 if size == 64 else 3), name
     Image.new("RGB", (64, 64), "white").save(tmp_path / "blank.png")
     assert right_readings(shipped, rows, ["blank.png"] * len(rows), str(tmp_path)) == 0
 

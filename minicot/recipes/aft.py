@@ -169,9 +169,11 @@ class Recipe:
                 for group in read_samples(out / graded)
             ]  # right/wrong: the same responses, grades left out
             write_jsonl(out / plain, map(samples_to_row, rows))
-            if plain == "samples.jsonl" and not self.toy:  # a weak model answers few rightly: DPO's pairs
+            if plain == "pool.jsonl":
+                continue
+            if not self.toy:  # a weak model answers few rightly: DPO's pairs
                 write_jsonl(out / "referenced.jsonl", map(samples_to_row, map(with_reference, rows)))
-            for k in s.other_ks if plain == "samples.jsonl" else ():
+            for k in s.other_ks:
                 first = [replace(group, responses=group.responses[:k]) for group in rows]
                 write_jsonl(out / f"samples_k{k}.jsonl", map(samples_to_row, first))
 
@@ -189,9 +191,12 @@ class Recipe:
         s, vft = self.sizes, self.folder("vft", seed)
         folder = self.cell_folder(name, seed, lr, margin, *switches, k=k)
         method, _, constraint = name.partition("@")[0].removeprefix("rank-").partition("-")
-        samples = vft / ("graded.jsonl" if name.startswith("rank-") else "samples.jsonl")
-        samples = vft / f"samples_k{k}.jsonl" if k else samples
-        samples = vft / "referenced.jsonl" if method == "dpo" and not self.toy else samples
+        samples = vft / (
+            "referenced.jsonl" if method == "dpo" and not self.toy
+            else f"samples_k{k}.jsonl" if k
+            else "graded.jsonl" if name.startswith("rank-")
+            else "samples.jsonl"
+        )  # fmt: skip
         every_mixed = dict(pair_low=0.001, pair_high=0.999) if method == "dpo" else {}
         words = command(
             "align.py", "--overwrite", *switches, method=method, constraint=constraint or "none", lr=lr,
@@ -253,10 +258,10 @@ class Recipe:
         solution is one of a question's right responses."""
         tokenizer = Tokenizer(model_folder)
         model = load_model(model_folder, dtype=torch.float32, device=self.args.device)
-        found, context, both = {}, model.config.max_position_embeddings, not self.toy
+        found, context = {}, model.config.max_position_embeddings
         for name, file in (("train", "samples.jsonl"), ("held", "pool.jsonl")):
             samples = read_samples(self.folder("vft", seed) / file)[: self.sizes.pool]
-            told = both and all(one.problem.solution for one in samples)      # a split may have none
+            told = not self.toy and all(one.problem.solution for one in samples)      # a split may have none
             groups, _ = make_groups(tokenizer, samples, mode="cot", max_length=context, reference=told)
             tables, logps_of = [], {True: [], False: []}
             for start in range(0, len(groups), 16):

@@ -23,8 +23,9 @@ matter: grouped by length they are of one kind of picture each, and a probe's lo
 instead of 0.88.
 Scenes come from the train split alone.
 
-What it reads: rows and bars without fault, of a table every number but not which column is asked for. That
-and the look-up of a number by its name, in text too, are what a text base of this size has not learned.
+What it then reads: rows and bars; of a table the right person's numbers, but not which column is asked for.
+That and the look-up of a number by its name, in text too, are what this base has not learned. Captions, which
+the last stage leaves out, it has unlearned.
 """
 
 import argparse

@@ -324,8 +324,8 @@ def _draw_bars(canvas, shown, rng):
 
 def _draw_table(canvas, shown, rng):
     """A head with two things, then a line of 16 pixels a person: the name and two numbers, each above its
-    thing and in its colour. A number's patch so tells of what it is one, and a tower of two layers need not
-    carry that down from the head: without the thing in the cell, columns were read at random."""
+    thing. So a number's patch tells what it counts, and a tower of two layers need not carry that down from
+    the head."""
     for place, quantity in enumerate(shown):
         x, y = 16 + 32 * (place % 2), 16 + 16 * (place // 2)
         if place < 2:
