@@ -49,7 +49,7 @@ class TrainConfig(Flags):
         "model folder to start from; a config.json means random weights; toy, toy-vision = the shipped bases")
     tokenizer: str = flag("", "folder of the tokenizer (default: the folder of --init)")
     vision: str = flag("", "give a text model eyes: folder of a CLIP or SigLIP tower, with its "
-        "preprocessor_config.json; its config.json: random weights")
+        "preprocessor_config.json, or of a Llava model (tower and projector); a config.json: random weights")
     feature_layer: int = flag(-2, "--vision: which hidden state of the tower is read (-1 = the last)")
     train: Literal["all", "language", "projector"] = flag("all",
         "what learns; language = the language model alone")

@@ -100,6 +100,7 @@ LLAVA_NAMES = {
     "model.mm_projector.2.": "multi_modal_projector.linear_2.",
     "model.": "language_model.model.",
 }
+EYES = ("vision_tower", "multi_modal_projector")
 NOT_THE_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
 
 
@@ -361,7 +362,8 @@ def attach_vision(text_model: Transformer, path, *, image_token_id: int, feature
     """Give a language model eyes: itself (not a copy), a CLIP or SigLIP tower, and a random projector.
 
     path: a folder of the tower, alone or within the whole CLIP or SigLIP (whose text half is passed over); or
-        a config.json, then the tower is random too. Random weights come from `seed`, on every device alike.
+        a Llava folder, whose tower and projector are taken; or a config.json, then the tower is random, too.
+        Random weights come from `seed`, on every device alike.
     image_token_id: the placeholder, a token of the vocabulary that ordinary text does not have.
     feature_layer: see VisionLanguageConfig. CLIP's class token is dropped; SigLIP has none.
     """
@@ -376,7 +378,13 @@ def attach_vision(text_model: Transformer, path, *, image_token_id: int, feature
     model = VisionLanguageModel(config, torch.Generator().manual_seed(seed), text_model)
     like = next(text_model.parameters())
     if path.is_dir():
-        fill(model.vision_tower, read_tensors(path, model.vision_tower, tower_name), path, like.dtype, None)
+        eyes, rename, hf = model.vision_tower, tower_name, read_json(path / CONFIG)
+        if hf["model_type"] == "llava":
+            eyes, rename = torch.nn.ModuleDict({name: getattr(model, name) for name in EYES}), eyes_name
+            if (layer := hf.get("vision_feature_layer")) != feature_layer:
+                raise ValueError(f"{path}: its projector reads hidden state {layer!r} of the tower; "
+                                 f"feature_layer is {feature_layer}; allowed: the same")
+        fill(eyes, read_tensors(path, eyes, rename), path, like.dtype, None)
     for part in (model.vision_tower, model.multi_modal_projector):
         part.to(device=like.device, dtype=like.dtype)
     return model
@@ -389,6 +397,12 @@ def llava_name(name: str) -> str:
             name = ours + name.removeprefix(theirs)
             break
     return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
+
+
+def eyes_name(name: str) -> str | None:
+    """llava_name of a tensor of the tower or the projector; None if it is the language model's."""
+    name = llava_name(name)
+    return name if name.startswith(EYES) else None
 
 
 def tower_name(name: str) -> str | None:
@@ -495,10 +509,11 @@ def read_config(file: Path, vision=None) -> ModelConfig | VisionLanguageConfig:
 
 
 def read_vision_config(path: Path) -> VisionConfig:
-    """The tower's config: of a folder of the tower alone or of the whole CLIP or SigLIP, or a config.json."""
+    """The tower's config: of a folder of the tower alone or of the whole CLIP, SigLIP or Llava, or a
+    config.json."""
     file = path if path.is_file() else path / CONFIG
     config, where = read_json(file), str(file)
-    if config.get("model_type") in ("clip", "siglip"):
+    if config.get("model_type") in ("clip", "siglip", "llava"):
         config, where = config.get("vision_config"), f"{file}, vision_config"
         if not isinstance(config, dict):
             raise ValueError(f"{where} {config!r} is not an object")

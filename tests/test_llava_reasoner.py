@@ -124,3 +124,16 @@ def test_committed_results_hold_what_they_claim():
 def test_kept_curves_have_each_problem_at_the_largest_n_and_the_same_means_elsewhere():
     kept = recipe.slim({1: {"best": [0.0, 0.5]}, 32: {"best": [1.0, 0.25]}})
     assert kept == {"1": {"best": [0.25]}, "32": {"best": [1.0, 0.25]}}
+
+
+def test_every_mix_holds_the_format_rows_and_its_own():
+    kept, _ = recipe.distill(dataclasses.replace(recipe.Sizes(), taught=40))
+    rows = {name: recipe.mix_rows(name, kept, 5) for name in recipe.MIXES}
+    ids = {name: [row["id"] for row in mix] for name, mix in rows.items()}
+    assert len(ids["format"]) == 10 and set(ids["format"]) == set(ids["direct"]) & set(ids["cot"])
+    assert set(ids["both"]) == set(ids["direct"]) | set(ids["cot"]) and len(ids["both"]) == 2 * len(kept)
+    asked = [row["question"].rsplit("\n", 1)[-1] for row in rows["direct"]]
+    assert asked.count("Answer briefly.") == len(kept) and asked.count("Think step by step.") == 5
+    for row in rows["both"]:
+        bare = row["question"].endswith("Answer briefly.")
+        assert row["solution"].isdigit() == bare == row["id"].endswith("/direct")

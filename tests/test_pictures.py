@@ -15,9 +15,9 @@ import pytest
 from minicot.answers import extract_answer, is_correct
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures, problems, teacher
-from minicot.toy.base_text import STAGES, listed, seeing_rows
-from minicot.toy.pictures import (COLOURS, KINDS, LARGEST, caption_rows, chain, draw, glyphs, grade,
-                                  in_picture, label_steps, make_picture, make_problem, perception_rows,
+from minicot.toy.base_text import STAGES, listed, recall, seeing_rows
+from minicot.toy.pictures import (COLOURS, KINDS, LARGEST, caption_rows, cell_rows, chain, draw, glyphs,
+                                  grade, in_picture, label_steps, make_picture, make_problem, perception_rows,
                                   read_from, reading_rows, row_of, rows, scene_of, split_of)
 from minicot.toy.problems import ITEMS, NAMES, WORDINGS
 
@@ -192,11 +192,36 @@ def test_what_gives_the_base_eyes_works_on_no_picture():
         found = seeing_rows(400, 0, shares)
         assert len({row["id"] for row in found}) == len(found) > 360, name
         shown = [row for row in found if "image" in row]
-        assert shown and all(("<image>" in row["question"]) == ("image" in row) for row in found)
+        assert bool(shown) == (name not in ("pairs", "recall"))
+        assert all(("<image>" in row["question"]) == ("image" in row) for row in found)
         assert not any("=" in row["solution"] or "####" in row["solution"] for row in shown), name
         worked = sum("####" in row["solution"] for row in found)
         worded = sum(shares.get(kind, 0) for kind in ("told", "listed"))
         assert worked == round(400 * worded), name
+
+
+@pytest.mark.parametrize("how", ["echo", "say", "plain", "lines"])
+def test_what_is_recalled_stands_in_the_question(how):
+    rng = random.Random(0)
+    for _ in range(50):
+        row = recall(rng, how)
+        told, said = (re.findall(r"([A-Z]\w+) (?:has )?(\d+)( \1)?", row[key])
+                      for key in ("question", "solution"))
+        assert len(said) == 2 * len(told) and len(dict(one[:2] for one in told)) == len(told) in (3, 4, 5)
+        assert set(said) <= set(told) and all(bool(one[2]) == (how in ("echo", "say")) for one in told)
+
+
+def test_cells_name_the_thing_before_the_number_in_either_order():
+    orders = collections.Counter()
+    for row in cell_rows("train", 60):
+        shown = in_picture(scene_of(row["image"][4:]))
+        for line in row["solution"].removesuffix(".").split(". "):
+            who, cells = line.split(": ")
+            found = [tuple(cell.split()) for cell in cells.split(", ")]
+            true = [(one.item, str(one.value)) for one in shown if one.who == who]
+            assert sorted(found) == sorted(true) and len(found) == 2
+            orders[found == true] += 1
+    assert min(orders.values()) > 60
 
 
 def test_a_list_of_what_a_picture_shows_keeps_names_and_numbers_apart():

@@ -736,6 +736,25 @@ def test_attach_vision_draws_projector_and_unknown_tower_from_the_seed(tower_fol
     assert 0.4 < drawn[0].state_dict()[position].std() < 0.6
 
 
+@torch.no_grad()
+def test_attach_vision_takes_tower_and_projector_of_a_llava_folder(tower_folder, tmp_path):
+    other = attach_vision(tiny(), tower_folder, image_token_id=IMAGE, seed=5)
+    save_model(other, tmp_path / "llava")
+    text = tiny()
+    words = {name: value.clone() for name, value in text.state_dict().items()}
+    found = attach_vision(text, tmp_path / "llava", image_token_id=IMAGE)
+    theirs = other.state_dict()
+    for name, value in found.state_dict().items():
+        own = name.startswith("language_model.")
+        assert torch.equal(value, words[name.removeprefix("language_model.")] if own else theirs[name]), name
+    with pytest.raises(ValueError, match="reads hidden state -2 .*feature_layer is -1"):
+        attach_vision(tiny(), tmp_path / "llava", image_token_id=IMAGE, feature_layer=-1)
+    edit_tensors(tmp_path / "llava" / "model.safetensors", lambda tensors: [
+        tensors.pop(name) for name in list(tensors) if "projector.linear_2.bias" in name])
+    with pytest.raises(ValueError, match="missing tensors: .*projector.linear_2.bias"):
+        attach_vision(tiny(), tmp_path / "llava", image_token_id=IMAGE)
+
+
 def test_attach_vision_follows_the_text_models_dtype_and_leaves_it_alone(tower_folder):
     text = tiny().to(torch.bfloat16)
     before = [parameter.data_ptr() for parameter in text.parameters()]

@@ -5,14 +5,14 @@ pictures.
     python -m minicot.recipes.llava_reasoner --fast      # a small part of the work, one seed
 
 The path (paper, sections 3 and 4): a noisy teacher writes chains, those that miss the gold answer are dropped
--> four SFT mixes from the same base that sees (format only: a small set, few passes; direct; CoT; both; the
-last three at equal steps), each read out with the direct and the CoT prompt -> from "both": 32 chains a
-question, 0.25 <= share right <= 0.85, at most 3 pairs a question, cut to their first W words, no EOS ->
-DPO, beta 0.1, summed log-probabilities, frozen reference, tower and projector frozen. Controls: whole pairs;
-RFT on the same right chains; as many pairs of another model (the CoT mix of another seed) as generic
-preference data. Then the DPO model ranks 32 samples a question (best-of-n, weighted vote against majority).
-Learning rates: each method over the same grid at the first seed, chosen by CoT accuracy on validation
-problems. CLAIMS were written down before the run.
+-> four SFT mixes from the same base that sees (format only: a small set with both prompts, few passes; that
+set and direct answers; and chains; and both; the last three at equal steps), each read out with the direct
+and the CoT prompt -> from "both": 32 chains a question, 0.25 <= share right <= 0.85, at most 3 pairs a
+question, cut to their first W words, no EOS -> DPO, beta 0.1, summed log-probabilities, frozen reference,
+tower and projector frozen. Controls: whole pairs; RFT on the same right chains; as many pairs of another
+model (the CoT mix of another seed) as generic preference data. Then the DPO model ranks 32 samples a question
+(best-of-n, weighted vote against majority). Learning rates: each method over the same grid at the first seed,
+chosen by CoT accuracy on validation problems. CLAIMS were written down before the run.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import torch
 
 from minicot import plots
 from minicot.answers import extract_answer, is_correct, split_steps
-from minicot.data import image_reader, pairs, read_samples, samples_to_row
+from minicot.data import Problem, image_reader, pairs, read_samples, render, samples_to_row, target
 from minicot.metrics import paired_difference
 from minicot.recipes.cells import claims_of, command, from_hex, judge, made_by, run_cell, to_hex
 from minicot.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ MODES = ("direct", "cot")
 class Sizes:
     taught: int = 9000  # training problems that the teacher answers
     error_rate: float = 0.25  # ... wrongly
-    steps: int = 600  # of the direct, CoT and both mixes, alike
+    steps: int = 500  # of the direct, CoT and both mixes, alike
     batch_size: int = 32
     lr: float = 2e-3
     format_rows: int = 48  # problems of the format-only mix, each with both prompts
@@ -58,7 +58,7 @@ class Sizes:
     validation: int = 300
     test: int = 1000
     pool: int = 300  # test problems of the verifier
-    lrs: tuple = (1e-5, 3e-5, 1e-4, 3e-4)
+    lrs: tuple = (1e-5, 3e-5, 1e-4)
     seeds: int = 3
 
 
@@ -102,6 +102,20 @@ def distill(sizes):
     return kept, counts
 
 
+def mix_rows(name, taught, few):
+    """The SFT rows of a mix, each prompt's last line within its question: the first `few` problems with both
+    prompts, which is the format-only mix and part of the others, and all problems with the mix's own."""
+    own = {"format": (), "both": MODES}.get(name, (name,))
+    rows = []
+    for place, row in enumerate(taught):
+        problem = Problem(row["id"], row["question"], row["answer"], row["solution"])
+        for mode in MODES:
+            if place < few or mode in own:
+                rows.append({"id": f"{row['id']}/{mode}", "question": render(problem, mode),
+                             "solution": target(problem, mode), "image": row["image"]})  # fmt: skip
+    return rows
+
+
 class Recipe:
     """Folders and commands of the cells, runs/llava_reasoner/<set>/<cell>-s<seed>/."""
 
@@ -118,21 +132,20 @@ class Recipe:
     def distill(self):
         kept, self.counts = distill(self.sizes)
         self.root.mkdir(parents=True, exist_ok=True)
-        write_jsonl(self.root / "taught.jsonl", kept)
+        for name in MIXES:
+            write_jsonl(self.root / f"mix-{name}.jsonl", mix_rows(name, kept, self.sizes.format_rows))
         words = [len(row["solution"].split(" ")) for row in kept]
         self.words = round(0.9 * sum(words) / len(words))       # the paper: 90 of about 100
 
     def mix(self, name, seed):
         """SFT of one mix -> its folder."""
-        s, folder, taught = self.sizes, self.folder(name, seed), self.root / "taught.jsonl"
-        few = name == "format"
+        s, folder, rows = self.sizes, self.folder(name, seed), self.root / f"mix-{name}.jsonl"
         words = command(
-            "train.py", "--overwrite", "--no-group-by-length", init=self.args.init, data=taught,
-            mode="both" if few else name, limit=s.format_rows if few else None,
-            steps=s.format_steps if few else s.steps, lr=s.lr, batch_size=s.batch_size, save_every=0,
-            seed=seed, out=folder / "model", device=self.args.device,
+            "train.py", "--overwrite", "--no-group-by-length", init=self.args.init, data=rows, mode="plain",
+            steps=s.format_steps if name == "format" else s.steps, lr=s.lr, batch_size=s.batch_size,
+            save_every=0, seed=seed, out=folder / "model", device=self.args.device,
         )  # fmt: skip
-        self.run(folder, words, [taught])
+        self.run(folder, words, [rows])
         return folder
 
     def sample(self, name, seed, split, limit):

@@ -231,6 +231,20 @@ def caption_rows(split: str, n: int, *, start: int = 0, kind: str | None = None)
              "image": f"toy:{scene.id}"} for scene in _scenes(split, n, start, kind)]
 
 
+def cell_rows(split: str, n: int, *, start: int = 0) -> list[dict]:
+    """Tables, line by line: "Zoe: pears 13, cards 9." {id, question, solution, image}. Which column is said
+    first is drawn for each person, so that a number must be found by the thing that is named before it."""
+    found = []
+    for scene in _scenes(split, n, start, "table"):
+        rng, cells = random.Random(f"cells {scene.id}"), {}
+        for one in in_picture(scene):
+            cells.setdefault(one.who, []).append(f"{one.item} {one.value}")
+        lines = [f"{who}: {', '.join(rng.sample(two, len(two)))}." for who, two in cells.items()]
+        found.append({"id": f"{scene.id}-cells", "question": "How many of what does each have?" + PLACEHOLDER,
+                      "solution": " ".join(lines), "image": f"toy:{scene.id}"})
+    return found
+
+
 def perception_rows(split: str, n: int, *, start: int = 0, kind: str | None = None) -> list[dict]:
     """Questions that read ONE number of a picture: {id, question, answer, fact, image}, one for each of the
     scenes of rows(split, n, ...); `fact` is its place in that row's facts."""
