@@ -28,8 +28,8 @@ What is hard here is to find something by its name, in words (whose number?) and
 Drilled alone, look-ups are learned whole within minutes: pairs, then recall. Other orders failed, one run
 each: recall after captions and readings (a loss of 0.53 instead of 0.30); captions after recall (0.48 after
 1,165 steps, 0.07 with the text base); no recall (look-ups at chance after 6,600 steps of readings and
-solutions). Cells are the same drill for columns, but where the thing is not said just before the number, as in
-readings, the column stays a draw. Batches of mixed rows matter: grouped by length they are of one kind of
+solutions). Cells are the same drill for columns, but where the thing is not said just before the number, as
+in readings, the column stays a draw. Batches of mixed rows matter: grouped by length they are of one kind of
 picture each, and a probe's loss after 300 steps was 1.06 instead of 0.88.
 """
 
