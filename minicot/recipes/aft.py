@@ -522,13 +522,15 @@ def main(argv=None):
         for margin in (sizes.margins if method.endswith("boundary") else (None,))
     ]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(recipe.vft, range(sizes.seeds)))
+        tuned = [pool.submit(recipe.vft, seed) for seed in range(sizes.seeds)]
+        tuned[0].result()                                # the grid needs the first seed alone
         grid = []                                       # a slice has one setting a method: nothing to choose
         chosen = {method: (lr, margin) for method, lr, margin in settings}
         if len(settings) > len(methods):
             grid = list(pool.map(lambda setting: recipe.grid_cell(*setting), settings))
             for setting in sorted(grid[::-1], key=lambda one: one["accuracy"]):  # the first of equals
                 chosen[setting["name"]] = (setting["lr"], setting["margin"])
+        [one.result() for one in tuned]
         if "aft-boundary" in chosen:
             chosen["aft-none@twin"] = (chosen["aft-boundary"][0], None)
         cells = list(
