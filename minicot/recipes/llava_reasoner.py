@@ -23,6 +23,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ import torch
 from minicot import plots
 from minicot.answers import extract_answer, is_correct, split_steps
 from minicot.data import Problem, image_reader, pairs, read_samples, render, samples_to_row, target
-from minicot.metrics import paired_difference
+from minicot.metrics import mean_interval, paired_difference
 from minicot.recipes.cells import claims_of, command, from_hex, judge, made_by, run_cell, to_hex
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures, teacher
@@ -217,22 +218,41 @@ class Recipe:
         sizes = [n for n in (1, 2, 4, 8, 16, 32) if n <= self.sizes.k]
         return curves(read_samples(out), "dpo", sizes=sizes)
 
-    def chain(self, lr):
-        """(token, log-ratio) along the first sampled chain whose first step is right and a later one wrong,
-        and the number of that step: the paper's figure of where DPO puts the blame."""
-        dpo = self.folder("dpo", 0, lr)
+    def wrong_chains(self, seed, lr):
+        """Of each question of the pool the first sampled chain that begins rightly and ends wrong -> (its
+        tokens, their log-ratios, how many steps it has, the place of the first wrong one)."""
+        dpo = self.folder("dpo", seed, lr)
         tokenizer = Tokenizer(dpo / "model")
-        model, ref = (load_model(folder / "model") for folder in (dpo, self.folder("both", 0)))
+        model, ref = (load_model(folder / "model") for folder in (dpo, self.folder("both", seed)))
+        reader = image_reader(model, tokenizer, dpo / "model")
         for samples in read_samples(dpo / "scored.jsonl"):
             for response in samples.responses:
                 steps = pictures.label_steps(samples.problem.id, split_steps(response.text))
                 if steps and steps[0] and False in steps and not response.correct:
-                    reader = image_reader(model, tokenizer, dpo / "model")
                     one = replace(samples, responses=[response])
                     [(ids, ratios)] = token_log_ratios(model, ref, tokenizer, one, mode="cot", reader=reader)
-                    shown = [tokenizer.decode([i], skip_special=False).replace("\n", "/") for i in ids]
-                    return list(zip(shown, ratios)), steps.index(False) + 1
-        raise ValueError(f"no chain in {dpo / 'scored.jsonl'} goes wrong after its first step")
+                    tokens = [tokenizer.decode([i], skip_special=False) for i in ids]
+                    yield tokens, [float(ratio) for ratio in ratios], len(steps), steps.index(False)
+                    break
+
+    def blame(self, seed, lr, most=100):
+        """Where the log-ratio puts the blame: for each of `most` wrong_chains, whether the step with the
+        lowest sum is the first wrong one, and the chance of that."""
+        hits, chances = [], []
+        for tokens, ratios, steps, wrong in islice(self.wrong_chains(seed, lr), most):
+            sums = step_sums(tokens, ratios)[:steps]
+            hits.append(float(sums.index(min(sums)) == wrong))
+            chances.append(1 / steps)
+        return hits, chances
+
+
+def step_sums(tokens, ratios):
+    """The log-ratios summed over each line of a chain; a line break counts to the line that it ends."""
+    sums = [0.0]
+    for token, ratio in zip(tokens, ratios):
+        sums[-1] += ratio
+        sums += [0.0] * ("\n" in token)
+    return sums
 
 
 def numbers(results, name):
@@ -289,6 +309,9 @@ def table(results):
     lines += ["", "| claim | difference [95 %] | verdict |", "|---|---|---|"]
     lines += [f"| {c['id']}. {c['text']} | {c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}] "
               f"| {c['verdict']} |" for c in results["claims"]]
+    hit, chance, more = ("{:.1%} [{:.1%}, {:.1%}]".format(*one) for one in results["blame"])
+    lines += ["", f"The lowest log-ratio of a wrong chain's steps is at its first wrong one: {hit}; by "
+              f"chance {chance}; difference {more}."]
     return "\n".join(lines)
 
 
@@ -340,13 +363,21 @@ def main(argv=None):
         "grid": grid,
         "curves": [slim(one) for one in found],
     }
+    blames = [recipe.blame(seed, chosen["dpo"]) for seed in seeds]
+    least = min(len(hits) for hits, _ in blames)
+    if not least:
+        raise ValueError("no sampled chain goes wrong after its first step")
+    hits, chances = ([one[i][:least] for one in blames] for i in (0, 1))
+    results["blame"] = [mean_interval(hits), mean_interval(chances), paired_difference(chances, hits)]
     results["claims"] = judge_all(results)
     out = recipe.root / "results" if args.fast else RESULTS
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "llava_reasoner.json", results, indent=None)
     plots.best_of_n(results["curves"], out / "llava_reasoner_verifier.svg")
-    along, wrong = recipe.chain(chosen["dpo"])
-    plots.log_ratios_along(along, out / "llava_reasoner_chain.svg", f"step {wrong} is the first wrong one")
+    tokens, ratios, _, wrong = next(recipe.wrong_chains(0, chosen["dpo"]))
+    along = [(token.replace("\n", "/"), ratio) for token, ratio in zip(tokens, ratios)]
+    title = f"step {wrong + 1} is the first wrong one"
+    plots.log_ratios_along(along, out / "llava_reasoner_chain.svg", title)
     print(table(results))
     print(f"{results['minutes']} minutes -> {out / 'llava_reasoner.json'}")
 
