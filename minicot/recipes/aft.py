@@ -1,7 +1,7 @@
 """AFT, "Making Large Language Models Better Reasoners with Alignment" (arXiv 2309.02144): toy world or real
 sets.
 
-    python -m minicot.recipes.aft                    # toy world, 3 seeds, hours on two CPU cores
+    python -m minicot.recipes.aft                    # toy world, 3 seeds, two hours on two CPU cores
     python -m minicot.recipes.aft --fast             # a small part of the work, one seed
     python -m minicot.recipes.aft --data gsm8k:PATH --init SmolLM2-135M --device cuda --seeds 2
 
