@@ -9,7 +9,7 @@ one line that names the file and what is wrong in it.
 import json
 import os
 import re
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -365,25 +365,31 @@ def attach_vision(text_model: Transformer, path, *, image_token_id: int, feature
         a Llava folder, whose tower and projector are taken; or a config.json, then the tower is random, too.
         Random weights come from `seed`, on every device alike.
     image_token_id: the placeholder, a token of the vocabulary that ordinary text does not have.
-    feature_layer: see VisionLanguageConfig. CLIP's class token is dropped; SigLIP has none.
+    feature_layer: see VisionLanguageConfig. CLIP's class token is dropped; SigLIP has none. A Llava folder's
+        own settings stay; its layer must be this one.
     """
     path, vocabulary = Path(path), text_model.config.vocab_size
     if not 0 <= image_token_id < vocabulary:
         raise ValueError(f"image_token_id {image_token_id} is not in the vocabulary; allowed are 0 to "
                          f"{vocabulary - 1}")
-    vision = read_vision_config(path)
-    config = VisionLanguageConfig(
-        text_model.config, vision, image_token_id, feature_layer, "default" if vision.class_token else "full")
+    hf = read_json(path / CONFIG) if path.is_dir() else {}
+    if other := hf.get("model_type") == "llava":
+        config = replace(parse_llava(hf, str(path / CONFIG)), text=text_model.config,
+                         image_token_id=image_token_id)
+        if config.vision_feature_layer != feature_layer:
+            raise ValueError(f"{path}: its projector reads hidden state {config.vision_feature_layer} of the "
+                             f"tower; feature_layer is {feature_layer}; allowed: the same")
+    else:
+        vision = read_vision_config(path)
+        strategy = "default" if vision.class_token else "full"
+        config = VisionLanguageConfig(text_model.config, vision, image_token_id, feature_layer, strategy)
     config_to_hf(config)                            # refuses what it could not write
     model = VisionLanguageModel(config, torch.Generator().manual_seed(seed), text_model)
     like = next(text_model.parameters())
     if path.is_dir():
-        eyes, rename, hf = model.vision_tower, tower_name, read_json(path / CONFIG)
-        if hf["model_type"] == "llava":
+        eyes, rename = model.vision_tower, tower_name
+        if other:
             eyes, rename = torch.nn.ModuleDict({name: getattr(model, name) for name in EYES}), eyes_name
-            if (layer := hf.get("vision_feature_layer")) != feature_layer:
-                raise ValueError(f"{path}: its projector reads hidden state {layer!r} of the tower; "
-                                 f"feature_layer is {feature_layer}; allowed: the same")
         fill(eyes, read_tensors(path, eyes, rename), path, like.dtype, None)
     for part in (model.vision_tower, model.multi_modal_projector):
         part.to(device=like.device, dtype=like.dtype)
@@ -509,11 +515,10 @@ def read_config(file: Path, vision=None) -> ModelConfig | VisionLanguageConfig:
 
 
 def read_vision_config(path: Path) -> VisionConfig:
-    """The tower's config: of a folder of the tower alone or of the whole CLIP, SigLIP or Llava, or a
-    config.json."""
+    """The tower's config: of a folder of the tower alone or of the whole CLIP or SigLIP, or a config.json."""
     file = path if path.is_file() else path / CONFIG
     config, where = read_json(file), str(file)
-    if config.get("model_type") in ("clip", "siglip", "llava"):
+    if config.get("model_type") in ("clip", "siglip"):
         config, where = config.get("vision_config"), f"{file}, vision_config"
         if not isinstance(config, dict):
             raise ValueError(f"{where} {config!r} is not an object")

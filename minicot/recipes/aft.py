@@ -530,7 +530,8 @@ def main(argv=None):
             grid = list(pool.map(lambda setting: recipe.grid_cell(*setting), settings))
             for setting in sorted(grid[::-1], key=lambda one: one["accuracy"]):  # the first of equals
                 chosen[setting["name"]] = (setting["lr"], setting["margin"])
-        [one.result() for one in tuned]
+        for one in tuned[1:]:
+            one.result()
         if "aft-boundary" in chosen:
             chosen["aft-none@twin"] = (chosen["aft-boundary"][0], None)
         cells = list(

@@ -235,15 +235,16 @@ class Recipe:
                     yield tokens, [float(ratio) for ratio in ratios], len(steps), steps.index(False)
                     break
 
-    def blame(self, seed, lr, most=100):
-        """Where the log-ratio puts the blame: for each of `most` wrong_chains, whether the step with the
-        lowest sum is the first wrong one, and the chance of that."""
-        hits, chances = [], []
-        for tokens, ratios, steps, wrong in islice(self.wrong_chains(seed, lr), most):
-            sums = step_sums(tokens, ratios)[:steps]
-            hits.append(float(sums.index(min(sums)) == wrong))
-            chances.append(1 / steps)
-        return hits, chances
+
+def blame(chains):
+    """Where the log-ratio puts the blame: for each of some wrong_chains, whether the step with the lowest sum
+    is the first wrong one, and the chance of that."""
+    hits, chances = [], []
+    for tokens, ratios, steps, wrong in chains:
+        sums = step_sums(tokens, ratios)[:steps]
+        hits.append(float(sums.index(min(sums)) == wrong))
+        chances.append(1 / steps)
+    return hits, chances
 
 
 def step_sums(tokens, ratios):
@@ -363,18 +364,18 @@ def main(argv=None):
         "grid": grid,
         "curves": [slim(one) for one in found],
     }
-    blames = [recipe.blame(seed, chosen["dpo"]) for seed in seeds]
-    least = min(len(hits) for hits, _ in blames)
+    chains = [list(islice(recipe.wrong_chains(seed, chosen["dpo"]), 100)) for seed in seeds]
+    least = min(map(len, chains))                                   # an interval takes as many of each seed
     if not least:
         raise ValueError("no sampled chain goes wrong after its first step")
-    hits, chances = ([one[i][:least] for one in blames] for i in (0, 1))
+    hits, chances = zip(*(blame(one[:least]) for one in chains))
     results["blame"] = [mean_interval(hits), mean_interval(chances), paired_difference(chances, hits)]
     results["claims"] = judge_all(results)
     out = recipe.root / "results" if args.fast else RESULTS
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "llava_reasoner.json", results, indent=None)
     plots.best_of_n(results["curves"], out / "llava_reasoner_verifier.svg")
-    tokens, ratios, _, wrong = next(recipe.wrong_chains(0, chosen["dpo"]))
+    tokens, ratios, _, wrong = chains[0][0]
     along = [(token.replace("\n", "/"), ratio) for token, ratio in zip(tokens, ratios)]
     title = f"step {wrong + 1} is the first wrong one"
     plots.log_ratios_along(along, out / "llava_reasoner_chain.svg", title)

@@ -102,9 +102,9 @@ def paraphrase(rng):
     return " ".join(rng.sample(rng.choice((more, half)), 2))
 
 
-def base_rows(n, seed=0):
+def base_rows(n):
     """n rows {question: "", solution: text} for train.py: pretraining is SFT on rows with an empty prompt."""
-    rng, found, scene_seed = random.Random(f"base text {seed}"), [], FIRST_SEED
+    rng, found, scene_seed = random.Random("base text 0"), [], FIRST_SEED
     while len(found) < n:
         kind = rng.choices(("problem", "read", "arithmetic", "paraphrase"), (3, 4, 4, 1))[0]
         if kind in ("problem", "read"):
@@ -155,8 +155,8 @@ def recall(rng, how):
     Ben 3") stay at chance for thousands of rows; with it look-ups form within about 10,000."""
     names = rng.sample(NAMES, 4 if how == "echo" else rng.randint(3, 5))
     has = {name: rng.randint(*((0, 9) if how == "echo" else (2, 20))) for name in names}
-    say = {"echo": lambda p: f"{p} {has[p]} {p}", "say": lambda p: f"{p} has {has[p]} {p}."}.get(
-        how, lambda p: f"{p} has {has[p]}.")
+    words = {"echo": "{p} {n} {p}", "say": "{p} has {n} {p}."}.get(how, "{p} has {n}.")
+    say = lambda p: words.format(p=p, n=has[p])
     between, asked = "\n" if how == "lines" else " ", [rng.choice(names) for _ in range(2 * len(names))]
     said = [say(p) for p in asked]
     if how == "lines":                                      # as a chain uses what it has read
@@ -188,7 +188,7 @@ ROWS = {
 
 
 def recall_rows(how, k, start):
-    """k rows of recall; `start` seeds them."""
+    """k rows of recall, drawn from `start`."""
     rng = random.Random(f"{how} {start}")
     return [{"id": f"{how}-{i}", **recall(rng, how)} for i in range(k)]
 
@@ -242,7 +242,7 @@ def main():
         row_of(make_scene(seed), wording=wording)["solution"] for seed in range(300) for wording in WORDINGS
     ]
     texts = (
-        [row["solution"] for row in rows[:20_000]] + words + ["Think step by step.", "Answer briefly."] * 300
+        [row["solution"] for row in rows[:20_000]] + words + [THINK, BRIEF] * 300
     )
     train_tokenizer(texts).save(str(args.out / "tokenizer.json"))
     files = {
