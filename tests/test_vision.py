@@ -748,9 +748,9 @@ def test_attach_vision_takes_tower_and_projector_of_a_llava_folder(tower_folder,
         own = name.startswith("language_model.")
         assert torch.equal(value, words[name.removeprefix("language_model.")] if own else theirs[name]), name
     edit(tmp_path / "llava" / "config.json", lambda config: config.update(
-        projector_hidden_act="relu", vision_feature_select_strategy="full"))
+        projector_hidden_act="gelu_pytorch_tanh", vision_feature_select_strategy="full"))
     kept = attach_vision(tiny(), tmp_path / "llava", image_token_id=IMAGE).vlm_config
-    assert (kept.projector_hidden_act, kept.vision_feature_select_strategy) == ("relu", "full")
+    assert (kept.projector_hidden_act, kept.vision_feature_select_strategy) == ("gelu_pytorch_tanh", "full")
     with pytest.raises(ValueError, match="reads hidden state -2 .*feature_layer is -1"):
         attach_vision(tiny(), tmp_path / "llava", image_token_id=IMAGE, feature_layer=-1)
     edit_tensors(tmp_path / "llava" / "model.safetensors", lambda tensors: [
