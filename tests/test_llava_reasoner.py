@@ -13,12 +13,13 @@ import json
 import pytest
 
 from minicot.answers import extract_answer, is_correct
-from minicot.data import Problem, Response, Samples, make_groups, truncate_words
+from minicot.data import Problem, Response, Samples, make_groups, samples_to_row, truncate_words
+from minicot.recipes import llava_diagnose as diagnose
 from minicot.recipes import llava_reasoner as recipe
 from minicot.recipes.cells import to_hex
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures
-from minicot.training import resolve
+from minicot.training import resolve, write_jsonl
 
 TOKENIZER = Tokenizer(resolve("toy"))
 
@@ -148,3 +149,66 @@ def test_every_mix_holds_the_format_rows_and_its_own():
     for row in rows["both"]:
         bare = row["question"].endswith("Answer briefly.")
         assert row["solution"].isdigit() == bare == row["id"].endswith("/direct")
+
+
+def chains_of(row, *responses):
+    """A Samples of (text, score) responses to a row; right where the answer is."""
+    made = [Response(text, is_correct(answer, row["answer"]), answer=answer, scores={"dpo": score})
+            for text, score in responses for answer in [extract_answer(text, "hash")]]  # fmt: skip
+    return Samples(Problem(row["id"], row["question"], answer=row["answer"]), made)
+
+
+TABLE = pictures.make_problem(1, kind="table", difficulty=2, wording="because")
+
+
+def wrong_chains(row):
+    """Each kind of first mistake -> a chain with a wrong answer that makes it."""
+    scene, steps = pictures.scene_of(row), row["steps"]
+    reads = len(pictures.read_from(scene))
+    asked, other = ([one for one in pictures.in_picture(scene) if (one.item == scene.asked.item) is side]
+                    for side in (True, False))
+    swap = lambda place, old, new: "\n".join(
+        [*steps[:place], steps[place].replace(old, new, 1), *steps[place + 1:], "#### 99"])
+    known, claim = steps[reads].rsplit(", so ", 1)
+    number = known.rsplit(" ", 1)[1]
+    result = claim.removesuffix(".").split(" = ")[1]
+    sign = next(sign for sign in "+-x/" if f" {sign} " in claim)
+    a, b = int(claim.split(f" {sign} ")[0].split()[-1]), int(claim.split(f" {sign} ")[1].split()[0])
+    turned = claim.replace(f" {sign} {b} = {result}", f" {'x' if sign == '+' else '+'} {b} = "
+                           f"{a * b if sign == '+' else a + b}")
+    return {"other column": swap(0, f" {asked[0].value}.", f" {other[0].value}."),
+            "misread": swap(0, f" {asked[0].value}.", " 99."),
+            "look-up": swap(reads, f"has {number}, so", "has 99, so"),
+            "arithmetic": swap(reads, f"= {result}", f"= {int(result) + 1}"),
+            "operation": swap(reads, claim, turned),
+            "answer": "\n".join([*steps, "#### 99"])}
+
+
+def test_the_first_mistake_of_a_chain_is_named():
+    for row in (pictures.make_problem(seed, kind="table", difficulty=2) for seed in range(20)):
+        for kind, text in wrong_chains(row).items():
+            assert diagnose.first_error(row["id"], text) == kind, (kind, text)
+
+
+def test_what_scores_order_and_answers_that_nobody_else_gives():
+    right, wrong = TABLE["solution"], wrong_chains(TABLE)["misread"]
+    odd = "#### 7"
+    samples = chains_of(TABLE, (right, 0.5), (right, -1.0), (wrong, 0.0), (wrong, -2.0), (odd, 3.0))
+    assert diagnose.orders(samples) == (2 + 1) / 6                     # 0.5 beats two of three, -1 one
+    assert diagnose.orders(chains_of(TABLE, (right, 0.5))) is None
+    assert diagnose.orders(chains_of(TABLE, (right, 0.5), (wrong, 0.5))) == 0.5
+    assert diagnose.best_of_repeated(samples) == TABLE["answer"]
+    assert diagnose.best_of_repeated(chains_of(TABLE, (right, 0.5), (odd, 3.0))) == "7"    # none is repeated
+
+
+def test_the_diagnosis_prints_shares_and_differences(tmp_path):
+    right, wrong = TABLE["solution"], wrong_chains(TABLE)["misread"]
+    found = [samples_to_row(chains_of(TABLE, (right, 0.5), (wrong, 0.0), (wrong, -1.0), ("#### 7", -2.0)))]
+    found += [samples_to_row(chains_of(make, (make["solution"], 1.0), ("#### 7", 0.0))) for make in
+              (pictures.make_problem(1, kind=kind, difficulty=2) for kind in ("rows", "bars"))]
+    write_jsonl(tmp_path / "scored.jsonl", found)
+    table = diagnose.errors_table([tmp_path / "scored.jsonl"])
+    assert "| table | 25.0% | 0.0% | 50.0% | 0.0% | 0.0% | 0.0% | 25.0% |" in table
+    orders, votes = diagnose.verifier_tables([tmp_path / "scored.jsonl"] * 2, betas=(0.01, 30)).split("\n\n")
+    assert orders.count("| 100.0% | 100.0% | 100.0% | 100.0% | 100.0% | 66.7% | 66.7% |") == 2
+    assert votes.count("| +0.0% [+0.0%, +0.0%] | +33.3% [") == 2     # at beta 30 the best response decides

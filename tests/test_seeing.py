@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 from dataclasses import replace
 
 import pytest
@@ -21,6 +20,7 @@ from minicot.data import (
     render,
     target,
 )
+from minicot.recipes.llava_diagnose import numbers_read, readings, save_as
 from minicot.sampling import generate, sample_groups
 from minicot.scoring import pack, score, score_plain
 from minicot.tokenizer import Tokenizer
@@ -263,32 +263,10 @@ def shipped():
     return model, tokenizer, image_reader(model, tokenizer, folder)
 
 
-def numbers(text):
-    return re.findall(r"(\w+)(?: has|:) (\d+)", text)
-
-
-def readings(shipped, rows, images, root=None):
-    """The (name, number)s that the shipped base reads for each of the reading_rows."""
-    model, tokenizer, reader = shipped
-    problems = [
-        Problem(row["id"], row["question"], image=image, image_root=root) for row, image in zip(rows, images)
-    ]
-    options = dict(n=1, mode="cot", style="hash", max_new_tokens=60, temperature=0.0, reader=reader, seed=0)
-    return [numbers(one.responses[0].text) for one in sample_groups(model, tokenizer, problems, **options)]
-
-
 def right_readings(shipped, rows, images, root=None):
     """Of how many reading_rows it reads every name and number right."""
-    found = readings(shipped, rows, images, root)
-    return sum(read == numbers(row["solution"]) for read, row in zip(found, rows))
-
-
-def test_the_shipped_base_reads_of_a_table_numbers_of_the_right_person(shipped):
-    """Which of a person's two columns is asked for it does not find yet; it makes up no number."""
-    rows = pictures.reading_rows("test", 24, kind="table")
-    for row, read in zip(rows, readings(shipped, rows, [row["image"] for row in rows])):
-        shown = {(q.who, str(q.value)) for q in pictures.in_picture(pictures.scene_of(row["image"][4:]))}
-        assert len(read) == 3 and set(read) <= shown, (row["id"], read)
+    found = readings(*shipped, rows, images, root)
+    return sum(read == numbers_read(row["solution"]) for read, row in zip(found, rows))
 
 
 def recalled(model, tokenizer, how="lines", n=64):
@@ -312,19 +290,14 @@ def test_the_shipped_base_looks_numbers_up_by_name_and_the_text_base_does_not(sh
     assert recalled(load_model(folder, dtype=torch.float32), Tokenizer(folder)) < 0.4
 
 
-@pytest.mark.parametrize("kind", ["rows", "bars"])
+@pytest.mark.parametrize("kind", pictures.KINDS)
 def test_the_shipped_base_reads_files_of_other_sizes_and_formats_as_the_arrays(shipped, kind, tmp_path):
     rows = pictures.reading_rows("test", 24, kind=kind)
     of_arrays = right_readings(shipped, rows, [row["image"] for row in rows])
     assert of_arrays >= 0.9 * len(rows)
-    files = ((192, "large.png", 3), (200, "odd.png", 3), (320, "large.jpg", 3), (200, "odd.jpg", 6),
-             (64, "small.jpg", 8))  # fmt: skip
-    for size, name, missed in files:
-        for row in rows:
-            picture = pictures.draw(row["image"][4:]).resize((size, size), Image.Resampling.NEAREST)
-            picture.save(tmp_path / f"{row['id']}-{name}", quality=90)
-        images = [f"{row['id']}-{name}" for row in rows]
-        assert right_readings(shipped, rows, images, str(tmp_path)) >= of_arrays - missed, name
+    for side, ending in ((192, "png"), (200, "png"), (320, "jpg"), (200, "jpg"), (64, "jpg")):
+        images = save_as(rows, side, ending, tmp_path)
+        assert right_readings(shipped, rows, images, str(tmp_path)) >= of_arrays - 2, (side, ending)
     Image.new("RGB", (64, 64), "white").save(tmp_path / "blank.png")
     assert right_readings(shipped, rows, ["blank.png"] * len(rows), str(tmp_path)) == 0
 

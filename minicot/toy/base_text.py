@@ -128,7 +128,7 @@ def base_rows(n):
 STAGES = {
     "captions": (1.0, 20_000, {"caption": 1}),
     "pairs": (0.5, 0, {"echo": 1}),
-    "recall": (0.8, 0, {"echo": 0.2, "say": 0.2, "plain": 0.2, "lines": 0.4}),
+    "recall": (1.4, 0, {"echo": 0.2, "say": 0.2, "plain": 0.2, "lines": 0.4}),
     "readings": (1.5, 20_000, {"reading": 0.2, "table": 0.2, "listed": 0.2, "number": 0.05, "caption": 0.15,
                                "told": 0.1, "lines": 0.1}),
     "cells": (0.7, 20_000, {"cells": 0.85, "reading": 0.1, "caption": 0.05}),
@@ -155,13 +155,28 @@ def recall(rng, how):
     Ben 3") stay at chance for thousands of rows; with it look-ups form within about 10,000."""
     names = rng.sample(NAMES, 4 if how == "echo" else rng.randint(3, 5))
     has = {name: rng.randint(*((0, 9) if how == "echo" else (2, 20))) for name in names}
-    words = {"echo": "{p} {n} {p}", "say": "{p} has {n} {p}."}.get(how, "{p} has {n}.")
-    say = lambda p: words.format(p=p, n=has[p])
-    between, asked = "\n" if how == "lines" else " ", [rng.choice(names) for _ in range(2 * len(names))]
-    said = [say(p) for p in asked]
-    if how == "lines":                                      # as a chain uses what it has read
-        said = [f"{a[:-1]} and {b}" for a, b in zip(said[::2], said[1::2])]
-    return {"question": between.join(map(say, names)), "solution": between.join(said)}
+    asked = [rng.choice(names) for _ in range(2 * len(names))]
+    if how == "lines":                                      # what a chain reads, then as it uses that
+        item, has_it = rng.choice(ITEMS), [f"{p} has {has[p]}" for p in asked]
+        return {"question": "\n".join(f"{p}: {item} {has[p]}." for p in names),
+                "solution": "\n".join(f"{a} and {b}." for a, b in zip(has_it[::2], has_it[1::2]))}
+    words = {"echo": "{p} {n} {p}", "say": "{p} has {n} {p}.", "plain": "{p} has {n}."}[how]
+    say = lambda who: " ".join(words.format(p=p, n=has[p]) for p in who)
+    return {"question": say(names), "solution": say(asked)}
+
+
+def as_files(rows, folder):
+    """Yield the rows; every second reading names a JPEG of its picture in another size, made in `folder`:
+    who has only seen the arrays misreads such files."""
+    folder.mkdir(exist_ok=True)
+    for row in rows:
+        rng = random.Random(f"file {row['id']}")
+        if row["id"].endswith("-reading") and rng.random() < 0.5:
+            side, how = rng.randint(pictures.SIZE, 5 * pictures.SIZE), rng.choice((0, 2, 3))  # resampling
+            picture, file = pictures.draw(row["image"][4:]).resize((side, side), how), f"{row['id']}.jpg"
+            picture.save(folder / file, quality=rng.randint(75, 95))
+            row = {**row, "image": f"{folder.name}/{file}"}
+        yield row
 
 
 def ask(rows, how):
@@ -235,7 +250,8 @@ def main():
         (tower / "config.json").write_text(json.dumps(TOWER, indent=1) + "\n")
         (tower / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=1) + "\n")
         for name, (times, start, shares) in STAGES.items():
-            write_rows(seeing_rows(int(times * args.rows), start, shares), args.out / f"{name}.jsonl")
+            rows = seeing_rows(int(times * args.rows), start, shares)
+            write_rows(list(as_files(rows, args.out / "pictures")), args.out / f"{name}.jsonl")
         return
     rows = base_rows(args.rows)
     words = [

@@ -3,11 +3,11 @@
     [a picture: TOM with 7 apples in his row, ANA with 3, BEN with 12]
     Eva has twice as many apples as Ana. How many apples do Eva and Tom have together?
 
-    Tom has 7.
-    Ana has 3.
-    Ben has 12.
-    Eva has 3 x 2 = 6.
-    Together they have 6 + 7 = 13.
+    Tom: apples 7.
+    Ana: apples 3.
+    Ben: apples 12.
+    Ana has 3, so Eva has 3 x 2 = 6.
+    Eva has 6 and Tom has 7, so together they have 6 + 7 = 13.
     #### 13
 
 Three kinds: rows of things to count, a bar chart with an axis, a table of digits with two columns of which
@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from minicot.toy import problems
-from minicot.toy.problems import FACTS, ITEMS, LINKS, NAMES, SPLITS, Quantity, Scene
+from minicot.toy.problems import FACTS, ITEMS, LINKS, NAMES, Quantity, Scene
 
 KINDS = ("rows", "bars", "table")
 PEOPLE = {"rows": (3, 4), "bars": (3,), "table": (3,)}       # how many there are in a picture
@@ -39,9 +39,10 @@ CAPTION_QUESTION = "How many does each have?" + PLACEHOLDER
 
 # How a step says what was read, for each of problems.WORDINGS. {p} owner, {c} number, {i} item.
 READINGS = {"plain": "{p} has {c}.", "items": "{p} has {c} {i}.", "so": "{p} has {c} {i}.",
-            "colon": "{p}: {c}", "bare": "{p}: {c}", "because": "{p} has {c}."}
-# "Mia has 6, so Sam has 6 / 2 = 3.": a step says whose number it looks up before it uses it. In the wordings
-# of problems.py it comes at once, by a name that is itself still to be found in the question.
+            "colon": "{p}: {c}", "bare": "{p}: {c}", "because": "{p}: {i} {c}."}
+# What a small model must find by its name has that name just before it. "Mia: pears 6.": a table's column is
+# found by the thing. "Mia has 6, so Sam has 6 / 2 = 3.": a number read before is found by its owner; in the
+# wordings of problems.py it comes at once, by a name that is itself still to be found in the question.
 DEFAULT_WORDINGS = ("because",)
 
 LETTERS = """
@@ -179,7 +180,7 @@ def split_of(scene: Scene) -> str:
 
 def write_step(scene: Scene, quantity: Quantity, wording: str, numbers: tuple | None = None,
                symbol: str | None = None) -> str:
-    """problems.write_step, also for what is read: "Tom has 7." `numbers` ends with what the step claims."""
+    """problems.write_step, also for what is read: "Tom: apples 7." `numbers` ends with the claimed one."""
     if FACTS[quantity.kind][0]:
         return problems.write_step(scene, quantity, wording, numbers, symbol)
     claimed = numbers[-1] if numbers else quantity.value
@@ -207,14 +208,8 @@ def make_problem(seed: int, *, kind: str | None = None, difficulty: int | None =
 
 
 def _scenes(split, n, start, kind, difficulty=None):
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
-    found, seed = [], 0
-    while len(found) < start + n:
-        scene = make_picture(seed, kind, difficulty)
-        found += [scene] * (split_of(scene) == split)
-        seed += 1
-    return found[start:]
+    make = lambda seed: make_picture(seed, kind, difficulty)
+    return problems.scenes_of(make, split_of, split, n, start)
 
 
 def rows(split: str, n: int, *, start: int = 0, kind: str | None = None, difficulty: int | None = None,

@@ -17,6 +17,7 @@ import hashlib
 import random
 import re
 from dataclasses import dataclass, replace
+from itertools import count, islice
 
 from minicot.answers import extract_answer, is_correct, split_steps
 
@@ -331,17 +332,15 @@ def rows(split: str, n: int, *, start: int = 0, difficulty: int | None = None, d
          wording: str | None = None) -> list[dict]:
     """The rows start .. start + n - 1 of a split, in the order of their seeds: the same list in every
     process. ValueError for an unknown split."""
+    make = lambda seed: make_scene(seed, difficulty, distractors)
+    return [row_of(scene, wording=wording) for scene in scenes_of(make, split_of, split, n, start)]
+
+
+def scenes_of(make, split_of, split: str, n: int, start: int) -> list[Scene]:
+    """The scenes start .. start + n - 1 of a split among make(0), make(1), ..."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
-    found, seed, passed = [], 0, 0
-    while len(found) < n:
-        scene = make_scene(seed, difficulty, distractors)
-        if split_of(scene) == split:
-            passed += 1
-            if passed > start:
-                found.append(row_of(scene, wording=wording))
-        seed += 1
-    return found
+    return list(islice((scene for scene in map(make, count()) if split_of(scene) == split), start, start + n))
 
 
 # ---- telling -----------------------------------------------------------------------------------------------
@@ -413,8 +412,9 @@ _CLAIM = re.compile(
     rf"(?:{_TOGETHER},? )?"
     rf"(?:(?P<who>{_WHO}|they)(?: and (?P<also>{_WHO}))?(?: (?:has|have|had|owns|gets)|:) |"
     r"(?P<label>total|difference): )?"
+    rf"(?:(?<=: )(?P<read>{_ITEM}) )?"
     r"(?:(?P<a>\d{1,6}) ?(?P<op>[-−+x*×/÷]) ?(?P<b>\d{1,6}) ?= ?)?(?P<c>\d{1,6})"
-    rf"(?: (?P<more>more|fewer))?(?: (?P<item>{_ITEM}))?(?: (?P<more2>more|fewer))?"
+    rf"(?: (?P<more>more|fewer))?(?(read)|(?: (?P<item>{_ITEM}))?)(?: (?P<more2>more|fewer))?"
     rf"(?: than (?P<than>{_WHO}))?(?: {_TOGETHER})?",
     re.IGNORECASE)
 _SYMBOLS = str.maketrans("−*×÷", "-xx/")
@@ -465,7 +465,7 @@ def _label(scene, known, step):
 def _subjects(scene, match):
     """The quantities that a claim may be about."""
     text, people = match[0].lower(), {q.who.lower(): q.who for q in scene.quantities}
-    item = (match["item"] or scene.asked.item).lower()
+    item = (match["read"] or match["item"] or scene.asked.item).lower()
     places = {q.who: place for place, q in enumerate(scene.quantities) if q.item == item}
     who, also, than = (people.get((match[name] or "").lower()) for name in ("who", "also", "than"))
     more = (match["more"] or match["more2"] or "").lower()

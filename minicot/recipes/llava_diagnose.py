@@ -1,0 +1,189 @@
+"""Why the LLaVA-Reasoner recipe's numbers are what they are: what its base reads, where chains first go
+wrong, what the verifier's scores order.
+
+    python -m minicot.recipes.llava_diagnose             # from the cells in runs/llava_reasoner/toy
+    python -m minicot.recipes.llava_diagnose --base      # what a base that sees reads, arrays and files
+
+Prints Markdown tables. The first takes a minute once the recipe has run; the second ten on one core.
+"""
+
+import argparse
+import collections
+import json
+import re
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from minicot.answers import is_correct, majority_vote, normalize, split_steps
+from minicot.data import Problem, image_reader, read_samples
+from minicot.metrics import paired_difference
+from minicot.recipes.llava_reasoner import RESULTS, RUNS
+from minicot.sampling import sample_groups
+from minicot.tokenizer import Tokenizer
+from minicot.toy import pictures
+from minicot.training import resolve
+from minicot.verifier import best_of_n, weighted_vote
+from minicot.weights import load_model
+
+FILES = ((None, None), (192, "png"), (200, "png"), (320, "jpg"), (200, "jpg"), (64, "jpg"))
+ERRORS = ("other column", "misread", "look-up", "arithmetic", "operation", "answer")
+OPERATIONS = {"+": int.__add__, "-": int.__sub__, "x": int.__mul__, "/": int.__truediv__}
+
+
+# ---- what the base reads -----------------------------------------------------------------------------------
+
+def numbers_read(text):
+    """A reading, one "Tom: apples 7." a line -> [(who, number)]."""
+    return re.findall(r"(\w+)(?: has|:)(?: [a-z]+)? (\d+)", text)
+
+
+def readings(model, tokenizer, reader, rows, images, root=None):
+    """What the model reads, greedily, for each of some pictures.reading_rows about these images."""
+    asked = [Problem(row["id"], row["question"], image=image, image_root=root)
+             for row, image in zip(rows, images)]
+    options = dict(n=1, mode="cot", style="hash", max_new_tokens=80, temperature=0.0, reader=reader, seed=0)
+    return [numbers_read(one.responses[0].text) for one in sample_groups(model, tokenizer, asked, **options)]
+
+
+def save_as(rows, side, ending, folder):
+    """The rows' pictures as files of side x side pixels (JPEG of quality 90) -> their names."""
+    names = [f"{row['id']}-{side}.{ending}" for row in rows]
+    for row, name in zip(rows, names):
+        picture = pictures.draw(row["image"][4:]).resize((side, side), Image.Resampling.NEAREST)
+        picture.save(Path(folder) / name, quality=90)
+    return names
+
+
+def base_table(folder, n):
+    """Of n test pictures of each kind, how many are read without a mistake, as arrays and as files."""
+    model, tokenizer = load_model(folder, dtype=torch.float32).eval(), Tokenizer(folder)
+    reader = image_reader(model, tokenizer, folder)
+    ways = ["arrays" if side is None else f"{side} {ending}" for side, ending in FILES]
+    lines = ["| of " + f"{n} | " + " | ".join(ways) + " |", "|---|" + "---|" * len(ways)]
+    for kind in pictures.KINDS:
+        rows, right = pictures.reading_rows("test", n, kind=kind), []
+        for side, ending in FILES:
+            with tempfile.TemporaryDirectory() as root:
+                images = [row["image"] for row in rows] if side is None else save_as(rows, side, ending, root)
+                found = readings(model, tokenizer, reader, rows, images, root)
+            right.append(sum(read == numbers_read(row["solution"]) for read, row in zip(found, rows)))
+        lines.append(f"| {kind} | " + " | ".join(map(str, right)) + " |")
+    return "\n".join(lines)
+
+
+# ---- where chains go wrong ---------------------------------------------------------------------------------
+
+def first_error(problem_id, text):
+    """What the first wrong step of a chain with a wrong answer does: one of ERRORS ("answer": no step is)."""
+    scene, steps = pictures.scene_of(problem_id), split_steps(text)
+    labels = pictures.label_steps(scene, steps)
+    if False not in labels:
+        return "answer"
+    place = labels.index(False)
+    step, before = steps[place], steps[:place]
+    if place < len(pictures.read_from(scene)):
+        shown = {(one.who, str(one.value)) for one in pictures.in_picture(scene)}
+        return "other column" if shown & set(numbers_read(step)) else "misread"
+    known, _, claim = step.rpartition(", so ")
+    if known and not pictures.label_steps(scene, [*before, f"{known}."])[-1]:
+        return "look-up"
+    sum_ = re.search(r"(\d+) ([-+x/]) (\d+) = (\d+)", claim)
+    right = sum_ and OPERATIONS[sum_[2]](int(sum_[1]), int(sum_[3])) == int(sum_[4])
+    return "operation" if right else "arithmetic"
+
+
+def errors_table(files):
+    """Samples of test problems -> of each kind of picture the share of right chains, and of all wrong chains
+    the share of each first mistake."""
+    counts = collections.defaultdict(collections.Counter)
+    for samples in (one for file in files for one in read_samples(file)):
+        for response in samples.responses:
+            kind = "right" if response.correct else first_error(samples.problem.id, response.text)
+            counts[samples.problem.id.split("-")[0]][kind] += 1
+    lines = ["| chains | right | " + " | ".join(ERRORS) + " |", "|---|---|" + "---|" * len(ERRORS)]
+    for kind in pictures.KINDS:
+        shares = [counts[kind][one] / counts[kind].total() for one in ("right", *ERRORS)]
+        lines.append(f"| {kind} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
+    return "\n".join(lines)
+
+
+# ---- what the verifier's scores order ----------------------------------------------------------------------
+
+def orders(samples):
+    """Of the pairs of a right and a wrong chain to one question, the share in which the right one has the
+    higher score, a tie one half; None where there is no pair."""
+    right, wrong = ([one.scores["dpo"] for one in samples.responses if bool(one.correct) is side]
+                    for side in (True, False))
+    won = [(a > b) + (a == b) / 2 for a in right for b in wrong]
+    return sum(won) / len(won) if won else None
+
+
+def best_of_repeated(samples):
+    """Best-of-n among the answers that at least two responses give (among all where none is) -> answer."""
+    votes = collections.Counter(normalize(one.answer) for one in samples.responses if one.answer is not None)
+    some = [one for one in samples.responses if one.answer is not None and votes[normalize(one.answer)] > 1]
+    some = some or samples.responses
+    return best_of_n([one.answer for one in some], [one.scores["dpo"] for one in some])
+
+
+def verifier_tables(files, betas=(0.1, 1, 3, 10, 30)):
+    """Scored samples, a file a seed -> what the log-ratio orders, and the vote's accuracy at other betas."""
+    seeds = [read_samples(file) for file in files]
+    lines = ["| seed | right above wrong: " + " | ".join(pictures.KINDS) + " | best's answer is no other's | "
+             "best | best of repeated answers | majority |", "|---|" + "---|" * (len(pictures.KINDS) + 4)]
+    mean = lambda values: sum(values) / len(values)
+    for seed, groups in enumerate(seeds):
+        won = {kind: [orders(one) for one in groups if one.problem.id.startswith(kind)]
+               for kind in pictures.KINDS}
+        shares = [mean([one for one in won[kind] if one is not None]) for kind in pictures.KINDS]
+        best = [best_of_n(*answers_and_scores(one)) for one in groups]
+        odd = [sum(is_correct(answer, found) for answer in answers_and_scores(one)[0]) == 1
+               for one, found in zip(groups, best)]
+        chosen = [best, map(best_of_repeated, groups),
+                  (majority_vote(answers_and_scores(one)[0]) for one in groups)]
+        shares += [mean(odd)] + [mean([is_correct(answer, one.problem.answer)
+                                       for answer, one in zip(way, groups)]) for way in chosen]
+        lines.append(f"| {seed} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
+    lines += ["", "| vote among all | " + " | ".join(f"beta {beta}" for beta in betas) + " |",
+              "|---|" + "---|" * len(betas)]
+    right = lambda choose: [[float(is_correct(choose(*answers_and_scores(one)), one.problem.answer))
+                             for one in groups] for groups in seeds]
+    majority = right(lambda answers, _: majority_vote(answers))
+    for weight in ("exp", "sigmoid"):
+        found = [paired_difference(majority, right(partial(weighted_vote, beta=beta, weight=weight)))
+                 for beta in betas]
+        lines.append(f"| {weight}, over majority | "
+                     + " | ".join("{:+.1%} [{:+.1%}, {:+.1%}]".format(*one) for one in found) + " |")
+    return "\n".join(lines)
+
+
+def answers_and_scores(samples):
+    return [one.answer for one in samples.responses], [one.scores["dpo"] for one in samples.responses]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", nargs="?", const="toy-vision", help="a base's folder or name")
+    parser.add_argument("--pictures", type=int, default=100, help="of each kind, with --base")
+    args = parser.parse_args(argv)
+    if args.base:
+        print(base_table(resolve(args.base), args.pictures))
+        return
+    results = json.loads((RESULTS / "llava_reasoner.json").read_text())
+    [lr] = {cell["settings"]["lr"] for cell in results["cells"] if cell["name"] == "dpo@cot"}
+    seeds = range(results["sizes"]["seeds"])
+    scored = [RUNS / "toy" / f"dpo-lr{lr:g}-s{seed}" / "scored.jsonl" for seed in seeds]
+    print(errors_table(scored), verifier_tables(scored), sep="\n\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from None
