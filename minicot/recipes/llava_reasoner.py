@@ -54,7 +54,7 @@ class Sizes:
     lr: float = 2e-3
     format_rows: int = 48  # problems of the format-only mix, each with both prompts
     format_steps: int = 9
-    sampled: int = 400  # training problems that DPO samples
+    sampled: int = 1200  # training problems that DPO samples
     k: int = 32
     validation: int = 300
     test: int = 1000
