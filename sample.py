@@ -166,14 +166,15 @@ def verify(config, device):
     model, ref = (load_model(path, dtype=dtype, device=device) for path in (folder, resolve(config.ref)))
     check(Tokenizer(resolve(config.ref)).fingerprint == tokenizer.fingerprint, "--ref", config.ref,
           "a model with the verifier's tokenizer")
-    scored = log_ratio_scores(model, ref, tokenizer, groups, name="dpo", mode=config.mode,
-                              reader=image_reader(model, tokenizer, folder))
+    name = "dpo-cut" if config.truncate_words else "dpo"
+    scored = log_ratio_scores(model, ref, tokenizer, groups, name=name, mode=config.mode,
+                              words=config.truncate_words, reader=image_reader(model, tokenizer, folder))
     scored = list(tqdm(scored, total=len(groups), unit="problem", disable=None))
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(config.out, map(samples_to_row, scored))
     most = min(len(samples.responses) for samples in scored)
     if all(samples.problem.answer is not None for samples in scored):
-        for n, ways in curves(scored, "dpo", sizes=[2**i for i in range(14) if 2**i <= most]).items():
+        for n, ways in curves(scored, name, sizes=[2**i for i in range(14) if 2**i <= most]).items():
             print(f"n = {n}: " + ", ".join(f"{way} {sum(v) / len(v):.1%}" for way, v in ways.items()))
     print(f"{len(scored)} problems scored -> {config.out}")
 
@@ -183,6 +184,8 @@ def verify(config, device):
 def main(config):
     on_toy = config.data in ("toy", "toy-pictures")
     check(config.reward == "correct" or on_toy, "--reward", config.reward, "correct, for this --data")
+    check(config.verifier or not config.truncate_words, "--truncate-words", config.truncate_words,
+          "0, without --verifier")
     device = pick_device(config.device)
     if config.verifier:
         verify(config, device)

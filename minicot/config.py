@@ -115,6 +115,9 @@ class SampleConfig(Flags):
     samples: str = flag("", "samples.jsonl that --verifier scores")
     verifier: str = flag("", "DPO model folder: add the scores log pi - log pi_ref to --samples -> --out")
     ref: str = flag("", "--verifier: its reference model, the folder that DPO started from")
+    truncate_words: int = flag(0,
+        "--verifier: score the first words alone, on which align.py --truncate-words trains (0 = all)",
+        least=0)
     reward: Literal["correct", "steps"] = flag("correct",
         "reward of a response; steps = the toy step oracle's grade")
     out: str = flag("", "file for the samples (jsonl), or for the results with --evaluate")

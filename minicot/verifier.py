@@ -15,12 +15,13 @@ from dataclasses import replace
 import torch
 
 from minicot.answers import is_correct, majority_vote, normalize
-from minicot.data import collate, encode_row
+from minicot.data import collate, encode_row, truncate_words
 from minicot.losses import sequence_logps
 from minicot.scoring import score
 
 # weight of a vote from beta * r, shifted by the question's largest (which no argmax of sums sees)
-WEIGHTS = {"exp": lambda x, largest: math.exp(x - largest), "sigmoid": lambda x, _: 1 / (1 + math.exp(-x))}
+WEIGHTS = {"exp": lambda x, largest: math.exp(x - largest), "sigmoid": lambda x, _: 1 / (1 + math.exp(-x)),
+           "raw": lambda x, _: x}
 
 
 @torch.no_grad()
@@ -34,12 +35,14 @@ def token_log_ratios(model, ref, tokenizer, samples, *, mode, reader=None):
 
 
 @torch.no_grad()
-def log_ratio_scores(model, ref, tokenizer, groups, *, name, mode, reader=None, batch_size=8):
-    """Yield the Samples with scores[name] = sum over the response of log pi(y|x) - log pi_ref(y|x)."""
+def log_ratio_scores(model, ref, tokenizer, groups, *, name, mode, words=0, reader=None, batch_size=8):
+    """Yield the Samples with scores[name] = sum over the response of log pi(y|x) - log pi_ref(y|x); with
+    `words` over its first words alone, as DPO sees it where it is trained on truncate_words."""
     for start in range(0, len(groups), batch_size):
         part = groups[start:start + batch_size]
+        seen = truncate_words(part, words) if words else part
         rows = [[encode_row(tokenizer, samples.problem, response.text, mode=mode, finish=response.finish,
-                            ids=response.ids) for response in samples.responses] for samples in part]
+                            ids=response.ids) for response in samples.responses] for samples in seen]
         batch = collate(rows, tokenizer.pad_id, reader).to(next(model.parameters()).device)
         ratios = score(model, batch) - score(ref, batch)
         values = iter(sequence_logps(ratios, batch.loss_mask, reduce="sum").tolist())
@@ -71,13 +74,14 @@ def weighted_vote(answers, scores, *, beta=0.1, weight="exp"):
 
 def curves(groups, name, *, beta=0.1, sizes=(1, 2, 4, 8, 16, 32)):
     """Right or not (as a share) of each problem when n of its K responses are chosen among, for each n:
-    {n: {"majority", "best", "vote" (weighted, exp), "sigmoid vote", "pass": list over problems}}.
+    {n: {"majority", "best", "vote" (weighted, exp), "sigmoid vote", "raw vote", "pass": list over problems}}.
 
     The K responses are cut into K // n blocks of n, over which a problem's share is the mean: the same
     samples for every n and every way of choosing."""
     ways = {"majority": lambda a, s: majority_vote(a), "best": best_of_n,
             "vote": lambda a, s: weighted_vote(a, s, beta=beta),
-            "sigmoid vote": lambda a, s: weighted_vote(a, s, beta=beta, weight="sigmoid")}
+            "sigmoid vote": lambda a, s: weighted_vote(a, s, beta=beta, weight="sigmoid"),
+            "raw vote": lambda a, s: weighted_vote(a, s, beta=beta, weight="raw")}
     found = {}
     for n in sizes:
         found[n] = {way: [] for way in (*ways, "pass")}

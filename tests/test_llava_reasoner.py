@@ -13,13 +13,13 @@ import json
 import pytest
 
 from minicot.answers import extract_answer, is_correct
-from minicot.data import Problem, Response, Samples, make_groups, samples_to_row, truncate_words
+from minicot.data import Problem, Response, Samples, make_groups, truncate_words
 from minicot.recipes import llava_diagnose as diagnose
 from minicot.recipes import llava_reasoner as recipe
 from minicot.recipes.cells import to_hex
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures
-from minicot.training import resolve, write_jsonl
+from minicot.training import resolve
 
 TOKENIZER = Tokenizer(resolve("toy"))
 
@@ -117,11 +117,14 @@ def test_figures_are_drawn(tmp_path):
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("curves.svg", "chain.svg"))
 
 
+WAYS = ("majority", "best", "vote", "cut best", "cut vote")
+
+
 def test_every_claim_names_cells_that_the_recipe_makes():
     models = {*recipe.MIXES, *recipe.METHODS, "blind"}
     for claim in recipe.CLAIMS:
         for name in filter(None, (claim["ours"], claim["other"])):
-            assert name.split("@")[0] in models or name.split(":")[0] in ("majority", "best", "vote")
+            assert name.split("@")[0] in models or name.split(":")[0] in WAYS
 
 
 def test_committed_results_hold_what_they_claim():
@@ -194,21 +197,23 @@ def test_what_scores_order_and_answers_that_nobody_else_gives():
     right, wrong = TABLE["solution"], wrong_chains(TABLE)["misread"]
     odd = "#### 7"
     samples = chains_of(TABLE, (right, 0.5), (right, -1.0), (wrong, 0.0), (wrong, -2.0), (odd, 3.0))
-    assert diagnose.orders(samples) == (2 + 1) / 6                     # 0.5 beats two of three, -1 one
-    assert diagnose.orders(chains_of(TABLE, (right, 0.5))) is None
-    assert diagnose.orders(chains_of(TABLE, (right, 0.5), (wrong, 0.5))) == 0.5
-    assert diagnose.best_of_repeated(samples) == TABLE["answer"]
-    assert diagnose.best_of_repeated(chains_of(TABLE, (right, 0.5), (odd, 3.0))) == "7"    # none is repeated
+    assert diagnose.orders(samples, "dpo") == (2 + 1) / 6              # 0.5 beats two of three, -1 one
+    assert diagnose.orders(samples, "short") == (1 + 1) / 6            # a tie with both of the same length
+    assert diagnose.orders(chains_of(TABLE, (right, 0.5)), "dpo") is None
+    assert diagnose.orders(chains_of(TABLE, (right, 0.5), (wrong, 0.5)), "dpo") == 0.5
+    both = diagnose.answers_and_scores(samples, "dpo")
+    assert diagnose.best_of_n(*both) == "7" and diagnose.best_of_repeated(*both) == TABLE["answer"]
+    assert diagnose.best_of_repeated(["1", "2", None, None], [0.5, 3.0, 9.0, 9.0]) == "2"  # none is repeated
 
 
-def test_the_diagnosis_prints_shares_and_differences(tmp_path):
+def test_the_diagnosis_prints_shares_and_differences():
     right, wrong = TABLE["solution"], wrong_chains(TABLE)["misread"]
-    found = [samples_to_row(chains_of(TABLE, (right, 0.5), (wrong, 0.0), (wrong, -1.0), ("#### 7", -2.0)))]
-    found += [samples_to_row(chains_of(make, (make["solution"], 1.0), ("#### 7", 0.0))) for make in
-              (pictures.make_problem(1, kind=kind, difficulty=2) for kind in ("rows", "bars"))]
-    write_jsonl(tmp_path / "scored.jsonl", found)
-    table = diagnose.errors_table([tmp_path / "scored.jsonl"])
+    found = [chains_of(TABLE, (right, 0.5), (wrong, 0.0), (wrong, -1.0), ("#### 7", -2.0))]
+    found += [chains_of(make, (make["solution"], 1.0), ("#### 7", 0.0)) for make in
+              (pictures.make_problem(1, kind=kind, difficulty=2) for kind in ("rows", "bars"))]  # fmt: skip
+    table = diagnose.errors_table([found])
     assert "| table | 25.0% | 0.0% | 50.0% | 0.0% | 0.0% | 0.0% | 25.0% |" in table
-    orders, votes = diagnose.verifier_tables([tmp_path / "scored.jsonl"] * 2, betas=(0.01, 30)).split("\n\n")
+    orders = diagnose.orders_table([found] * 2, "dpo")
+    votes = diagnose.betas_table([found] * 2, "dpo", (0.01, 30))
     assert orders.count("| 100.0% | 100.0% | 100.0% | 100.0% | 100.0% | 66.7% | 66.7% |") == 2
     assert votes.count("| +0.0% [+0.0%, +0.0%] | +33.3% [") == 2     # at beta 30 the best response decides

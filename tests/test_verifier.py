@@ -2,11 +2,21 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from minicot.data import Problem, Response, Samples, encode_row, read_problems, read_samples, samples_to_row
+from minicot.data import (
+    Problem,
+    Response,
+    Samples,
+    encode_row,
+    read_problems,
+    read_samples,
+    samples_to_row,
+    truncate_words,
+)
 from minicot.losses import token_logps
 from minicot.tokenizer import Tokenizer
 from minicot.training import resolve
@@ -27,13 +37,15 @@ def test_a_weighted_vote_sums_the_weights_of_equal_answers():
     assert weighted_vote(answers, scores, beta=0.2) == "9"  # 2 against exp(1) = 2.72
     assert weighted_vote(answers, scores, beta=0.2, weight="sigmoid") == "7"  # 1 against 0.73
     assert weighted_vote(["1", "2", "2"], [0.0] * 3) == "2"  # equal scores: majority
+    assert weighted_vote(["1", "2", "2"], [1.0, 0.6, 0.6], weight="raw") == "2"  # 1 against 1.2
+    assert weighted_vote(["1", "2", "2"], [-1.0, -0.6, -0.6], weight="raw") == "1"  # a second vote can cost
     assert weighted_vote(["1", "2"], [1e5, -1e5]) == "1" and weighted_vote([None], [0.0]) is None
 
 
 def test_scores_and_weights_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match="allowed: finite"):
         weighted_vote(["1"], [math.nan])
-    with pytest.raises(ValueError, match="'cube'; allowed: exp, sigmoid"):
+    with pytest.raises(ValueError, match="'cube'; allowed: exp, sigmoid, raw"):
         weighted_vote(["1"], [0.0], weight="cube")
 
 
@@ -44,9 +56,12 @@ def pool(answers, scores, gold="1"):
     return Samples(Problem("p", "q", answer=gold), responses)
 
 
+WAYS = ("majority", "best", "vote", "sigmoid vote", "raw vote", "pass")
+
+
 def test_curves_use_every_sample_at_every_n():
     found = curves([pool(["1", "2", "2", "1"], [0.0, 1.0, 0.0, 9.0])], "dpo", beta=1.0, sizes=(1, 2, 4))
-    assert found[1] == {way: [0.5] for way in ("majority", "best", "vote", "sigmoid vote", "pass")}
+    assert found[1] == {way: [0.5] for way in WAYS}
     assert found[2]["best"] == [0.5] and found[2]["pass"] == [1.0]  # blocks (1, 2) and (2, 1)
     assert found[2]["majority"] == [0.5]  # a tie goes to the first
     assert found[4]["best"] == [1.0] and found[4]["vote"] == [1.0] and found[4]["majority"] == [1.0]
@@ -92,6 +107,19 @@ def test_the_score_is_the_summed_log_ratio_of_the_response(models):
     assert tokens[0][0][-1] == tokenizer.eos_id and tokens[2][0][-1] != tokenizer.eos_id
 
 
+def test_cut_scores_are_of_the_first_words_without_eos(models):
+    _, model, ref, tokenizer = models
+    for words in (3, 90):
+        [scored] = log_ratio_scores(model, ref, tokenizer, groups(1), name="cut", mode="cot", words=words)
+        short = truncate_words(groups(1), words)[0]
+        tokens = token_log_ratios(model, ref, tokenizer, short, mode="cot")
+        assert [r.scores["cut"] for r in scored.responses] == pytest.approx(
+            [sum(ratios) for _, ratios in tokens], abs=1e-4
+        )
+        assert all(ids[-1] != tokenizer.eos_id for ids, _ in tokens)
+        assert [replace(r, scores=None) for r in scored.responses] == groups(1)[0].responses  # kept whole
+
+
 def test_a_model_against_itself_scores_zero(models):
     _, model, _, tokenizer = models
     [scored, _] = log_ratio_scores(model, model, tokenizer, groups(), name="dpo", mode="cot")
@@ -117,4 +145,12 @@ def test_sample_adds_the_scores_and_shows_the_curves(models, tmp_path):
     scored = read_samples(tmp_path / "scored.jsonl")
     assert all(len(r.scores) == 1 for samples in scored for r in samples.responses)
     assert_one_line_error(script(*words, cwd=tmp_path), "--out", "scored.jsonl")
+    again = ["--samples", "scored.jsonl", "--truncate-words", 3, "--out", "both.jsonl"]
+    done = script(*words[:5], *again, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    alone = script("sample.py", "--model", folder, "--truncate-words", 3, "Hi?", cwd=tmp_path)
+    assert_one_line_error(alone, "--truncate-words", "--verifier")
+    both = [r.scores for samples in read_samples(tmp_path / "both.jsonl") for r in samples.responses]
+    assert all(set(one) == {"dpo", "dpo-cut"} for one in both)
+    assert any(one["dpo"] != one["dpo-cut"] for one in both)
     assert_one_line_error(script(*words[:3], "--out", "x.jsonl", cwd=tmp_path), "--samples")

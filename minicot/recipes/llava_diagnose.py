@@ -96,73 +96,81 @@ def first_error(problem_id, text):
     return "operation" if right else "arithmetic"
 
 
-def errors_table(files):
-    """Samples of test problems -> of each kind of picture the share of right chains, and of all wrong chains
-    the share of each first mistake."""
+def errors_table(seeds):
+    """Samples of test problems, a list a seed -> of the chains about each kind of picture the share that is
+    right, and the share that first goes wrong in each way."""
     counts = collections.defaultdict(collections.Counter)
-    for samples in (one for file in files for one in read_samples(file)):
+    for samples in (one for groups in seeds for one in groups):
         for response in samples.responses:
             kind = "right" if response.correct else first_error(samples.problem.id, response.text)
             counts[samples.problem.id.split("-")[0]][kind] += 1
     lines = ["| chains | right | " + " | ".join(ERRORS) + " |", "|---|---|" + "---|" * len(ERRORS)]
     for kind in pictures.KINDS:
-        shares = [counts[kind][one] / counts[kind].total() for one in ("right", *ERRORS)]
+        shares = [counts[kind][one] / max(counts[kind].total(), 1) for one in ("right", *ERRORS)]
         lines.append(f"| {kind} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
     return "\n".join(lines)
 
 
 # ---- what the verifier's scores order ----------------------------------------------------------------------
 
-def orders(samples):
+def answers_and_scores(samples, name):
+    """Of one question's Samples the answers and the scores of this name; "short": the fewer characters the
+    higher, a control for length."""
+    scores = [-len(one.text) if name == "short" else one.scores[name] for one in samples.responses]
+    return [one.answer for one in samples.responses], scores
+
+
+def orders(samples, name):
     """Of the pairs of a right and a wrong chain to one question, the share in which the right one has the
     higher score, a tie one half; None where there is no pair."""
-    right, wrong = ([one.scores["dpo"] for one in samples.responses if bool(one.correct) is side]
+    _, scores = answers_and_scores(samples, name)
+    right, wrong = ([score for score, one in zip(scores, samples.responses) if bool(one.correct) is side]
                     for side in (True, False))
     won = [(a > b) + (a == b) / 2 for a in right for b in wrong]
     return sum(won) / len(won) if won else None
 
 
-def best_of_repeated(samples):
-    """Best-of-n among the answers that at least two responses give (among all where none is) -> answer."""
-    votes = collections.Counter(normalize(one.answer) for one in samples.responses if one.answer is not None)
-    some = [one for one in samples.responses if one.answer is not None and votes[normalize(one.answer)] > 1]
-    some = some or samples.responses
-    return best_of_n([one.answer for one in some], [one.scores["dpo"] for one in some])
+def best_of_repeated(answers, scores):
+    """Best-of-n among the answers that at least two responses give (among all where none is)."""
+    votes = collections.Counter(normalize(one) for one in answers if one is not None)
+    repeated = [one if one is not None and votes[normalize(one)] > 1 else None for one in answers]
+    return best_of_n(repeated if any(repeated) else answers, scores)
 
 
-def verifier_tables(files, betas=(0.1, 1, 3, 10, 30)):
-    """Scored samples, a file a seed -> what the log-ratio orders, and the vote's accuracy at other betas."""
-    seeds = [read_samples(file) for file in files]
-    lines = ["| seed | right above wrong: " + " | ".join(pictures.KINDS) + " | best's answer is no other's | "
-             "best | best of repeated answers | majority |", "|---|" + "---|" * (len(pictures.KINDS) + 4)]
-    mean = lambda values: sum(values) / len(values)
+def orders_table(seeds, name):
+    """Scored Samples, a list a seed -> what a score orders, and how well its best answer does."""
+    lines = [f"| {name}, seed | right above wrong: " + " | ".join(pictures.KINDS) + " | best's answer is no "
+             "other's | best | best of repeated answers | majority |",
+             "|---|" + "---|" * (len(pictures.KINDS) + 4)]
+    mean = lambda values: sum(values) / len(values) if values else float("nan")
     for seed, groups in enumerate(seeds):
-        won = {kind: [orders(one) for one in groups if one.problem.id.startswith(kind)]
+        won = {kind: [orders(one, name) for one in groups if one.problem.id.startswith(kind)]
                for kind in pictures.KINDS}
+        both = [answers_and_scores(one, name) for one in groups]
+        best = [best_of_n(*one) for one in both]
+        chosen = [best, [best_of_repeated(*one) for one in both], [majority_vote(one[0]) for one in both]]
+        odd = [sum(is_correct(answer, found) for answer in answers) == 1
+               for (answers, _), found in zip(both, best) if found is not None]
         shares = [mean([one for one in won[kind] if one is not None]) for kind in pictures.KINDS]
-        best = [best_of_n(*answers_and_scores(one)) for one in groups]
-        odd = [sum(is_correct(answer, found) for answer in answers_and_scores(one)[0]) == 1
-               for one, found in zip(groups, best)]
-        chosen = [best, map(best_of_repeated, groups),
-                  (majority_vote(answers_and_scores(one)[0]) for one in groups)]
         shares += [mean(odd)] + [mean([is_correct(answer, one.problem.answer)
                                        for answer, one in zip(way, groups)]) for way in chosen]
         lines.append(f"| {seed} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
-    lines += ["", "| vote among all | " + " | ".join(f"beta {beta}" for beta in betas) + " |",
-              "|---|" + "---|" * len(betas)]
-    right = lambda choose: [[float(is_correct(choose(*answers_and_scores(one)), one.problem.answer))
+    return "\n".join(lines)
+
+
+def betas_table(seeds, name, betas=(0.1, 1, 3, 10, 30)):
+    """Scored Samples, a list a seed -> the weighted votes among all at other betas, over majority."""
+    lines = [f"| vote by {name}, over majority | " + " | ".join(f"beta {beta}" for beta in betas) + " |",
+             "|---|" + "---|" * len(betas)]
+    right = lambda choose: [[float(is_correct(choose(*answers_and_scores(one, name)), one.problem.answer))
                              for one in groups] for groups in seeds]
     majority = right(lambda answers, _: majority_vote(answers))
     for weight in ("exp", "sigmoid"):
         found = [paired_difference(majority, right(partial(weighted_vote, beta=beta, weight=weight)))
                  for beta in betas]
-        lines.append(f"| {weight}, over majority | "
+        lines.append(f"| {weight} | "
                      + " | ".join("{:+.1%} [{:+.1%}, {:+.1%}]".format(*one) for one in found) + " |")
     return "\n".join(lines)
-
-
-def answers_and_scores(samples):
-    return [one.answer for one in samples.responses], [one.scores["dpo"] for one in samples.responses]
 
 
 def main(argv=None):
@@ -178,8 +186,10 @@ def main(argv=None):
     results = json.loads((RESULTS / "llava_reasoner.json").read_text())
     [lr] = {cell["settings"]["lr"] for cell in results["cells"] if cell["name"] == "dpo@cot"}
     seeds = range(results["sizes"]["seeds"])
-    scored = [RUNS / "toy" / f"dpo-lr{lr:g}-s{seed}" / "scored.jsonl" for seed in seeds]
-    print(errors_table(scored), verifier_tables(scored), sep="\n\n")
+    scored = [RUNS / "toy" / f"dpo-lr{lr:g}-s{seed}" / "scored-cut.jsonl" for seed in seeds]
+    seeds = [read_samples(file) for file in scored]
+    print(errors_table(seeds), *(orders_table(seeds, name) for name in ("dpo", "dpo-cut", "short")),
+          *(betas_table(seeds, name) for name in ("dpo", "dpo-cut")), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -81,6 +81,8 @@ d2|dpo@cot    |dpo-off-policy@cot|up       |... more than another model's pairs
 d3|dpo@cot    |rft@cot          |level     |... and does not lie below RFT on the same right chains
 e1|vote:32    |majority:32      |up        |weighted vote by the log-ratio beats majority at the largest n
 e2|best:32    |majority:32      |up        |best-of-n by the log-ratio beats majority at the largest n
+e3|cut vote:32|majority:32      |up        |weighted vote by the first words' log-ratio beats majority
+e4|cut best:32|majority:32      |up        |best-of-n by the first words' log-ratio beats majority
 f1|dpo@cot    |dpo-uncut@cot    |up        |cut pairs beat whole ones
 g1|blind@cot  |                 |below 0.15|without the picture, accuracy falls to the text prior (< 15 %)
 """
@@ -209,14 +211,19 @@ class Recipe:
                 for mode, results in found.items()]
 
     def verify(self, seed, lr):
-        """The verifier's curves on samples of the mix "both" -> (share of each problem by way and n)."""
+        """The verifier's curves on samples of the mix "both" -> (share of each problem by way and n); "cut"
+        are the ways by the log-ratio of the first words, on which DPO was trained."""
         start, dpo = self.folder("both", seed), self.folder("dpo", seed, lr)
-        pool, out = self.sample("both", seed, "test", self.sizes.pool), dpo / "scored.jsonl"
-        words = command("sample.py", "--overwrite", verifier=dpo / "model", ref=start / "model", samples=pool,
-                        out=out, device=self.args.device)  # fmt: skip
-        self.run(dpo / "scoring", words, [pool, dpo / "model" / "model.safetensors"])
-        sizes = [n for n in (1, 2, 4, 8, 16, 32) if n <= self.sizes.k]
-        return curves(read_samples(out), "dpo", sizes=sizes)
+        file, sizes = self.sample("both", seed, "test", self.sizes.pool), [2**i for i in range(6)]
+        for end, first in (("", None), ("-cut", self.words)):
+            out = dpo / f"scored{end}.jsonl"
+            words = command("sample.py", "--overwrite", verifier=dpo / "model", ref=start / "model",
+                            samples=file, truncate_words=first, out=out, device=self.args.device)
+            self.run(dpo / f"scoring{end}", words, [file, dpo / "model" / "model.safetensors"])
+            file = out                                              # which has both scores in the end
+        whole, cut = (curves(read_samples(file), name, sizes=[n for n in sizes if n <= self.sizes.k])
+                      for name in ("dpo", "dpo-cut"))
+        return {n: {**whole[n], **{f"cut {way}": cut[n][way] for way in ("best", "vote")}} for n in whole}
 
     def wrong_chains(self, seed, lr):
         """Of each question of the pool the first sampled chain that begins rightly and ends wrong -> (its
