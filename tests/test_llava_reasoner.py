@@ -9,6 +9,7 @@ verifier:    r(y) = log pi(y) - log pi_ref(y)
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -133,7 +134,7 @@ def test_committed_results_hold_what_they_claim():
         pytest.skip("no results are committed")
     found = json.loads(path.read_text())
     assert recipe.judge_all(found) == found["claims"] and "--fast" not in found["command"]
-    assert path.stat().st_size <= 200_000
+    assert found["world"] == recipe.world() and path.stat().st_size <= 200_000
 
 
 def test_kept_curves_have_each_problem_at_the_largest_n_and_the_same_means_elsewhere():
@@ -165,32 +166,60 @@ TABLE = pictures.make_problem(1, kind="table", difficulty=2, wording="because")
 
 
 def wrong_chains(row):
-    """Each kind of first mistake -> a chain with a wrong answer that makes it."""
+    """Kinds of first mistake -> a chain with a wrong answer that makes it."""
     scene, steps = pictures.scene_of(row), row["steps"]
     reads = len(pictures.read_from(scene))
-    asked, other = ([one for one in pictures.in_picture(scene) if (one.item == scene.asked.item) is side]
-                    for side in (True, False))
-    swap = lambda place, old, new: "\n".join(
-        [*steps[:place], steps[place].replace(old, new, 1), *steps[place + 1:], "#### 99"])
     known, claim = steps[reads].rsplit(", so ", 1)
-    number = known.rsplit(" ", 1)[1]
-    result = claim.removesuffix(".").split(" = ")[1]
-    sign = next(sign for sign in "+-x/" if f" {sign} " in claim)
-    a, b = int(claim.split(f" {sign} ")[0].split()[-1]), int(claim.split(f" {sign} ")[1].split()[0])
-    turned = claim.replace(f" {sign} {b} = {result}", f" {'x' if sign == '+' else '+'} {b} = "
-                           f"{a * b if sign == '+' else a + b}")
-    return {"other column": swap(0, f" {asked[0].value}.", f" {other[0].value}."),
-            "misread": swap(0, f" {asked[0].value}.", " 99."),
-            "look-up": swap(reads, f"has {number}, so", "has 99, so"),
-            "arithmetic": swap(reads, f"= {result}", f"= {int(result) + 1}"),
-            "operation": swap(reads, claim, turned),
-            "answer": "\n".join([*steps, "#### 99"])}
+    first, number = steps[0].rsplit(" ", 1), known.rsplit(" ", 1)[1]
+    a, sign, b, c = re.search(r"(\d+) ([-+x/]) (\d+) = (\d+)", claim).groups()
+    change = lambda place, step: "\n".join([*steps[:place], step, *steps[place + 1:], "#### 99"])
+    turned, value = {"+": ("x", int(a) * int(b)), "x": ("+", int(a) + int(b)), "-": ("+", int(a) + int(b)),
+                     "/": ("-", int(a) - int(b))}[sign]
+    found = {"misread": change(0, f"{first[0]} 99."),
+             "look-up": change(reads, steps[reads].replace(f"has {number}, so", "has 99, so", 1)),
+             "arithmetic": change(reads, steps[reads].replace(f"= {c}", f"= {int(c) + 1}")),
+             "operation": change(reads, f"{known}, so {claim}".replace(
+                 f"{a} {sign} {b} = {c}", f"{a} {turned} {b} = {value}")),
+             "unreadable": change(reads, "Zoe has"),
+             "answer": "\n".join([*steps, "#### 99"])}  # fmt: skip
+    other = [one for one in pictures.in_picture(scene) if one.who == first[0].split(":")[0]
+             and one.item != scene.asked.item]  # fmt: skip
+    if other and f"{other[0].value}." != first[1]:
+        found["other column"] = change(0, f"{first[0]} {other[0].value}.")
+    return found
 
 
-def test_the_first_mistake_of_a_chain_is_named():
-    for row in (pictures.make_problem(seed, kind="table", difficulty=2) for seed in range(20)):
-        for kind, text in wrong_chains(row).items():
-            assert diagnose.first_error(row["id"], text) == kind, (kind, text)
+@pytest.mark.parametrize("kind", pictures.KINDS)
+def test_the_first_mistake_of_a_chain_is_named(kind):
+    seen, signs = set(), set()
+    for row in (pictures.make_problem(seed, kind=kind, difficulty=2) for seed in range(40)):
+        signs.update(re.findall(r" ([-+x/]) ", row["solution"]))
+        for mistake, text in wrong_chains(row).items():
+            assert diagnose.first_error(row["id"], text) == mistake, (mistake, text)
+            seen.add(mistake)
+    assert signs == set("+-x/")
+    assert seen | {"operand"} | ({"other column"} - seen if kind != "table" else set()) == {*diagnose.ERRORS}
+
+
+BARS = "Ben: books 3.\nTom: books 9.\nMia: books 10.\n"
+
+
+@pytest.mark.parametrize("step, mistake", [
+    ("Tom has 9, so Lea has 9 + 7 = 16.", "operand"), ("Mia has 10, so Lea has 10 + 8 = 18.", "operand"),
+    ("Mia has 10, so Lea has 10 - 7 = 3.", "operation"), ("Mia has 10, so Lea has 10 + 7 = 3.", "arithmetic"),
+    ("Mia has 10, so Lea has 11 + 7 = 18.", "look-up"), ("Lea has 17, so they have 3.", "unreadable"),
+    ("Mia has 10, so Lea has 7 / 0 = 0.", "look-up"), ("Lea has 7 / 0 = 0.", "arithmetic"),
+    ("Mia has 10, so Tom has 10 + 7 = 17.", "operation"),
+    ("Mia has 10, so Lea has 10 + 7 = 17 more.", "operation"),
+    ("Mia has 10, so together they have 10 + 3 = 13.", "operand"), ("Ben: books 4.", "misread"),
+    ("Ben: coins 3.", "misread"), ("Ben: books 3. Tom: books 9.", "unreadable"),
+    ("Mia has 10, so Lea has 10 + 7 = 17.", "answer"), ("", "answer"),
+])  # fmt: skip
+def test_what_is_said_of_a_step(step, mistake):
+    """Lea has 7 more books than Mia. How many books do Lea and Ben have together?"""
+    assert diagnose.first_error("bars-0-2", f"{BARS}{step}\n#### 99") == mistake
+    assert diagnose.first_error("bars-0-2", f"Mia: books 10.\n{step}\n#### 99") == mistake
+    assert diagnose.first_error("bars-0-2", "") == "answer"
 
 
 def test_what_scores_order_and_answers_that_nobody_else_gives():
@@ -212,7 +241,7 @@ def test_the_diagnosis_prints_shares_and_differences():
     found += [chains_of(make, (make["solution"], 1.0), ("#### 7", 0.0)) for make in
               (pictures.make_problem(1, kind=kind, difficulty=2) for kind in ("rows", "bars"))]  # fmt: skip
     table = diagnose.errors_table([found])
-    assert "| table | 25.0% | 0.0% | 50.0% | 0.0% | 0.0% | 0.0% | 25.0% |" in table
+    assert "| table | 25.0% | 0.0% | 50.0% | 0.0% | 0.0% | 0.0% | 0.0% | 0.0% | 25.0% |" in table
     orders = diagnose.orders_table([found] * 2, "dpo")
     votes = diagnose.betas_table([found] * 2, "dpo", (0.01, 30))
     assert orders.count("| 100.0% | 100.0% | 100.0% | 100.0% | 100.0% | 66.7% | 66.7% |") == 2

@@ -20,7 +20,7 @@ from minicot.data import (
     render,
     target,
 )
-from minicot.recipes.llava_diagnose import numbers_read, readings, save_as
+from minicot.recipes.llava_diagnose import readings, save_as
 from minicot.sampling import generate, sample_groups
 from minicot.scoring import pack, score, score_plain
 from minicot.tokenizer import Tokenizer
@@ -264,9 +264,9 @@ def shipped():
 
 
 def right_readings(shipped, rows, images, root=None):
-    """Of how many reading_rows it reads every name and number right."""
+    """Of how many reading_rows it reads every name, thing and number right."""
     found = readings(*shipped, rows, images, root)
-    return sum(read == numbers_read(row["solution"]) for read, row in zip(found, rows))
+    return sum(text == row["solution"] for text, row in zip(found, rows))
 
 
 def recalled(model, tokenizer, how="lines", n=64):

@@ -4,7 +4,7 @@ wrong, what the verifier's scores order.
     python -m minicot.recipes.llava_diagnose             # from the cells in runs/llava_reasoner/toy
     python -m minicot.recipes.llava_diagnose --base      # what a base that sees reads, arrays and files
 
-Prints Markdown tables. The first takes a minute once the recipe has run; the second ten on one core.
+Prints Markdown tables; each takes a minute.
 """
 
 import argparse
@@ -25,28 +25,28 @@ from minicot.recipes.llava_reasoner import RESULTS, RUNS
 from minicot.sampling import sample_groups
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures
+from minicot.toy.problems import FACTS
 from minicot.training import resolve
 from minicot.verifier import best_of_n, weighted_vote
 from minicot.weights import load_model
 
 FILES = ((None, None), (192, "png"), (200, "png"), (320, "jpg"), (200, "jpg"), (64, "jpg"))
-ERRORS = ("other column", "misread", "look-up", "arithmetic", "operation", "answer")
-OPERATIONS = {"+": int.__add__, "-": int.__sub__, "x": int.__mul__, "/": int.__truediv__}
+# What a chain's first wrong step does: it reads a person's number of the other thing, or another number;
+# takes up a number that no step before gave; miscalculates; computes with another person's or another number
+# of the question, or by another operation; is not a step. "answer": the answer alone is wrong or missing.
+ERRORS = ("other column", "misread", "look-up", "arithmetic", "operand", "operation", "unreadable", "answer")
+HOLDS = {"+": lambda a, b, c: a + b == c, "-": lambda a, b, c: a - b == c, "x": lambda a, b, c: a * b == c,
+         "/": lambda a, b, c: a == b * c and b > 0}
 
 
 # ---- what the base reads -----------------------------------------------------------------------------------
 
-def numbers_read(text):
-    """A reading, one "Tom: apples 7." a line -> [(who, number)]."""
-    return re.findall(r"(\w+)(?: has|:)(?: [a-z]+)? (\d+)", text)
-
-
 def readings(model, tokenizer, reader, rows, images, root=None):
-    """What the model reads, greedily, for each of some pictures.reading_rows about these images."""
+    """What the model writes, greedily, to each of some pictures.reading_rows about these images."""
     asked = [Problem(row["id"], row["question"], image=image, image_root=root)
              for row, image in zip(rows, images)]
     options = dict(n=1, mode="cot", style="hash", max_new_tokens=80, temperature=0.0, reader=reader, seed=0)
-    return [numbers_read(one.responses[0].text) for one in sample_groups(model, tokenizer, asked, **options)]
+    return [one.responses[0].text for one in sample_groups(model, tokenizer, asked, **options)]
 
 
 def save_as(rows, side, ending, folder):
@@ -70,7 +70,7 @@ def base_table(folder, n):
             with tempfile.TemporaryDirectory() as root:
                 images = [row["image"] for row in rows] if side is None else save_as(rows, side, ending, root)
                 found = readings(model, tokenizer, reader, rows, images, root)
-            right.append(sum(read == numbers_read(row["solution"]) for read, row in zip(found, rows)))
+            right.append(sum(text == row["solution"] for text, row in zip(found, rows)))
         lines.append(f"| {kind} | " + " | ".join(map(str, right)) + " |")
     return "\n".join(lines)
 
@@ -78,22 +78,32 @@ def base_table(folder, n):
 # ---- where chains go wrong ---------------------------------------------------------------------------------
 
 def first_error(problem_id, text):
-    """What the first wrong step of a chain with a wrong answer does: one of ERRORS ("answer": no step is)."""
+    """What the first wrong step of a chain (in the wording "because") does: one of ERRORS."""
     scene, steps = pictures.scene_of(problem_id), split_steps(text)
     labels = pictures.label_steps(scene, steps)
     if False not in labels:
         return "answer"
-    place = labels.index(False)
-    step, before = steps[place], steps[:place]
-    if place < len(pictures.read_from(scene)):
-        shown = {(one.who, str(one.value)) for one in pictures.in_picture(scene)}
-        return "other column" if shown & set(numbers_read(step)) else "misread"
+    step, before = steps[labels.index(False)], steps[:labels.index(False)]
+    reading = re.fullmatch(r"(\w+): \w+ (\d+)\.", step)
+    if reading:
+        others = {(one.who, str(one.value)) for one in pictures.in_picture(scene)
+                  if one.item != scene.asked.item}
+        return "other column" if reading.groups() in others else "misread"
     known, _, claim = step.rpartition(", so ")
-    if known and not pictures.label_steps(scene, [*before, f"{known}."])[-1]:
+    equation = re.search(r"(\w+) has (\d+) ([-+x/]) (\d+) = (\d+)( more)?", claim) or re.search(
+        r"(they) have (\d+) ([-+x/]) (\d+) = (\d+)( more)?", claim)
+    if not equation:
+        return "unreadable"
+    who, sign, more = equation[1], equation[3], equation[6]
+    a, b, c = (int(equation[place]) for place in (2, 4, 5))
+    taken = [int(number) for number in re.findall(r"\d+", known)]
+    if known and (not pictures.label_steps(scene, [*before, f"{known}."])[-1] or not {*taken} <= {a, b}):
         return "look-up"
-    sum_ = re.search(r"(\d+) ([-+x/]) (\d+) = (\d+)", claim)
-    right = sum_ and OPERATIONS[sum_[2]](int(sum_[1]), int(sum_[3])) == int(sum_[4])
-    return "operation" if right else "arithmetic"
+    if not HOLDS[sign](a, b, c):
+        return "arithmetic"
+    asked = {"difference": more, "total": who == "they", "value": False}[scene.asked.kind]
+    subjects = [scene.asked] if asked else [one for one in scene.quantities if one.who == who and not more]
+    return "operand" if sign in {FACTS[one.kind][0] for one in subjects} else "operation"
 
 
 def errors_table(seeds):

@@ -16,6 +16,7 @@ chosen by CoT accuracy on validation problems. CLAIMS were written down before t
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -243,6 +244,11 @@ class Recipe:
                     break
 
 
+def world():
+    """A hash of the first test problems: results that hold another are of a world that is no more."""
+    return hashlib.sha256(json.dumps(pictures.rows("test", 50)).encode()).hexdigest()[:16]
+
+
 def blame(chains):
     """Where the log-ratio puts the blame: for each of some wrong_chains, whether the step with the lowest sum
     is the first wrong one, and the chance of that."""
@@ -363,6 +369,7 @@ def main(argv=None):
     results = {
         "command": " ".join(["python -m minicot.recipes.llava_reasoner", *(argv or sys.argv[1:])]),
         **made_by(args, started),
+        "world": world(),
         "sizes": asdict(sizes),
         "teacher": {kind: dict(zip(("kept", "dropped"), both)) for kind, both in recipe.counts.items()},
         "words": recipe.words,

@@ -26,13 +26,14 @@ text before they do about pictures. No row works on a picture. Scenes come from 
 
 What is hard here is to find something by its name, in words (whose number?) and in a table (which column?).
 Drilled alone, look-ups are learned whole within minutes: pairs, then recall, whose loss falls from 0.5 to 0.3
-between 22,000 and 32,000 rows. Other orders failed, one run each: recall after captions and readings (a loss
-of 0.53); captions after recall (0.48 after 1,165 steps, 0.07 with the text base); no recall (look-ups at
-chance after 6,600 steps of readings and solutions). Columns are drilled by tables and cells, with the thing
-just before its number; said as "Zoe has 13." the column stays a draw. Rows and bars pay for the drill (12 and
-21 of 100 are read whole after it) until the next stage (93 and 100); arithmetic pays for recall until the
-last. Batches of mixed rows matter: grouped by length they are of one kind of picture each, and a probe's loss
-after 300 steps was 1.06 instead of 0.88.
+between its rows 22,000 and 32,000 (its echo rows are a part of pairs). Other orders failed, one run each:
+recall after captions and readings (a loss of 0.53); captions after recall (0.48 after 1,165 steps, 0.07 with
+the text base); no recall (look-ups at chance after 6,600 steps of readings and solutions). Columns are
+drilled by tables and cells, with the thing just before its number; said as "Zoe has 13." the column stays a
+draw. Rows and bars pay for the drill (12 and 21 of 100 are read whole after it) until the next stage (93 and
+100), arithmetic pays for recall until the last. Of the readings half are of JPEG files of other sizes.
+Batches of mixed rows matter: grouped by length they are of one kind of picture each, and a probe's loss after
+300 steps was 1.06 instead of 0.88.
 """
 
 import argparse
@@ -125,8 +126,8 @@ def base_rows(n):
     return found
 
 
-# What gives the text base eyes: file -> rows for each of --rows, the first picture or scene (the first 20,000
-# of the train split are data.py's), and the share of each kind of row.
+# What gives the text base eyes: file -> its size n for each of --rows, the first picture or scene (the first
+# 20,000 of the train split are data.py's), and the rows of each kind for each of n.
 STAGES = {
     "captions": (1.0, 20_000, {"caption": 1}),
     "pairs": (0.5, 0, {"echo": 1}),
@@ -154,7 +155,9 @@ def recall(rng, how):
 
     "echo": "Ana 7 Ana Ben 3 Ben", four people, one digit. The name behind the number is the point: to say it,
     the number's place must know whose it is, and that is what a look-up searches for. Rows without it ("Ana 7
-    Ben 3") stay at chance for thousands of rows; with it look-ups form within about 10,000."""
+    Ben 3") stay at chance for thousands of rows; with it look-ups form within 10,000 to 30,000. "say": "Ana
+    has 7 Ana." "plain": "Ana has 7." "lines", as a solution: "Ana: cups 7." a line, then "Ben has 3 and Ana
+    has 7." """
     names = rng.sample(NAMES, 4 if how == "echo" else rng.randint(3, 5))
     has = {name: rng.randint(*((0, 9) if how == "echo" else (2, 20))) for name in names}
     asked = [rng.choice(names) for _ in range(2 * len(names))]
@@ -168,8 +171,8 @@ def recall(rng, how):
 
 
 def as_files(rows, folder):
-    """Yield the rows; every second reading names a JPEG of its picture in another size, made in `folder`:
-    who has only seen the arrays misreads such files."""
+    """Yield the rows; half of the readings, drawn, name a JPEG of their picture in another size, made in
+    `folder`: who has only seen the arrays misreads such files."""
     folder.mkdir(exist_ok=True)
     for row in rows:
         rng = random.Random(f"file {row['id']}")
