@@ -17,7 +17,7 @@ from minicot.answers import extract_answer, is_correct
 from minicot.data import Problem, Response, Samples, make_groups, truncate_words
 from minicot.recipes import llava_diagnose as diagnose
 from minicot.recipes import llava_reasoner as recipe
-from minicot.recipes.cells import to_hex
+from minicot.recipes.cells import pack_pairs, to_hex
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures
 from minicot.training import resolve
@@ -78,6 +78,9 @@ def results():
                 }
                 for seed in range(3)
             ]
+    cells += [{"name": f"{model}@sampled", "seed": seed, "settings": {"lr": None},
+               "right": pack_pairs([[right, 8]] * 50)}
+              for model, right in (("both", 4), ("dpo", 6)) for seed in range(3)]  # fmt: skip
     ways = {"majority": [0.0, 1.0] * 50, "best": [1.0] * 100, "vote": [0.0, 1.0] * 50, "pass": [1.0] * 100}
     found = {"cells": cells, "curves": [{"1": ways, "32": ways}] * 3}
     return {**found, "claims": recipe.judge_all(found), "blame": [[0.5, 0.45, 0.55]] * 3}
@@ -99,6 +102,7 @@ def test_claims_are_judged_by_what_their_names_stand_for():
     assert verdicts["a1"] == "holds" and verdicts["a2"] == "holds"  # +1 point; far below CoT SFT
     assert verdicts["b1"] == "holds" and verdicts["c1"] == "holds"  # the mean of both prompts
     assert verdicts["d1"] == "not seen" and "d2" not in verdicts  # its control did not run
+    assert verdicts["d4"] == "holds" and "d5" not in verdicts
     assert verdicts["e1"] == "not seen" and verdicts["e2"] == "holds"
     assert verdicts["g1"] == "holds"
 
@@ -106,6 +110,7 @@ def test_claims_are_judged_by_what_their_names_stand_for():
 def test_the_table_shows_each_model_each_way_and_each_claim():
     lines = recipe.table(results()).splitlines()
     assert sum(line.startswith("| cot | 30.0% | 40.0% |") for line in lines) == 1
+    assert any(line.startswith("| dpo | 30.0% | 40.0% | +0.0% [+0.0%, +0.0%] | 75.0% |") for line in lines)
     assert sum(line.startswith("| best | 100.0% |") for line in lines) == 1
     assert sum(line.startswith("| a1. ") for line in lines) == 1
 

@@ -33,7 +33,8 @@ from minicot import plots
 from minicot.answers import extract_answer, is_correct, split_steps
 from minicot.data import Problem, image_reader, pairs, read_samples, render, samples_to_row, target
 from minicot.metrics import mean_interval, paired_difference
-from minicot.recipes.cells import claims_of, command, from_hex, judge, made_by, run_cell, to_hex
+from minicot.recipes.cells import (claims_of, command, from_hex, judge, made_by, pack_pairs, run_cell,
+                                   to_hex, unpack_pairs)
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures, teacher
 from minicot.training import ROOT, write_json, write_jsonl
@@ -68,8 +69,9 @@ FAST = Sizes(
     taught=2000, steps=60, sampled=100, k=8, validation=100, test=200, pool=50, lrs=(1e-5,), seeds=1
 )
 
-# id, ours, other, rule, text; a cell is <model>@<prompt>, "mean" the mean over both prompts, and
-# "<way>:<n>" a way of choosing among n samples. Written down before the run.
+# id, ours, other, rule, text; a cell is <model>@<prompt>, read out greedily, "mean" the mean over both
+# prompts, "sampled" the CoT prompt at T = 1, and "<way>:<n>" a way of choosing among n samples. Written down
+# before the run; d4 to d6 and f2 after a look at the first seed on validation problems, where samples rose.
 CLAIM_TABLE = """
 a1|direct@cot |format@cot       |below 0.05|direct SFT lifts CoT by less than 5 points over format only
 a2|direct@cot |cot@cot          |down      |... and leaves it below CoT SFT
@@ -85,6 +87,10 @@ e2|best:32    |majority:32      |up        |best-of-n by the log-ratio beats maj
 e3|cut vote:32|majority:32      |up        |weighted vote by the first words' log-ratio beats majority
 e4|cut best:32|majority:32      |up        |best-of-n by the first words' log-ratio beats majority
 f1|dpo@cot    |dpo-uncut@cot    |up        |cut pairs beat whole ones
+d4|dpo@sampled|both@sampled |up        |DPO lifts the chains that are sampled, at T = 1
+d5|dpo@sampled|dpo-off-policy@sampled|up|... more than another model's pairs
+d6|dpo@sampled|rft@sampled  |up        |... more than RFT on the same right chains
+f2|dpo@sampled|dpo-uncut@sampled|up    |... and cut pairs more than whole ones
 g1|blind@cot  |                 |below 0.15|without the picture, accuracy falls to the text prior (< 15 %)
 """
 CLAIMS = claims_of(CLAIM_TABLE, ("id", "ours", "other", "rule", "text"))
@@ -211,6 +217,17 @@ class Recipe:
                  "metrics": results["metrics"], "correct": to_hex(results["correct"])}
                 for mode, results in found.items()]
 
+    def sampled(self, name, seed, lr=None):
+        """8 chains a problem of the pool -> row <name>@sampled, [right, 8] of each problem."""
+        folder = self.folder(name, seed, lr)
+        out = folder / "test-sampled" / "samples.jsonl"
+        words = command("sample.py", "--overwrite", model=folder / "model", data="toy-pictures", split="test",
+                        limit=self.sizes.pool, n=8, seed=seed, batch_size=256, out=out,
+                        device=self.args.device)  # fmt: skip
+        self.run(out.parent, words, [folder / "model" / "model.safetensors"])
+        right = [[sum(one.correct for one in samples.responses), 8] for samples in read_samples(out)]
+        return {"name": f"{name}@sampled", "seed": seed, "settings": {"lr": lr}, "right": pack_pairs(right)}
+
     def verify(self, seed, lr):
         """The verifier's curves on samples of the mix "both" -> (share of each problem by way and n); "cut"
         are the ways by the log-ratio of the first words, on which DPO was trained."""
@@ -279,7 +296,10 @@ def numbers(results, name):
         two = [numbers(results, f"{model}@{one}") for one in MODES]
         return [[(a + b) / 2 for a, b in zip(*rows)] for rows in zip(*two)]
     rows = [cell for cell in results["cells"] if cell["name"] == name]
-    return [from_hex(cell["correct"]) for cell in sorted(rows, key=lambda cell: cell["seed"])]
+    rows.sort(key=lambda cell: cell["seed"])
+    if mode == "sampled":
+        return [[right / n for right, n in unpack_pairs(cell["right"])] for cell in rows]
+    return [from_hex(cell["correct"]) for cell in rows]
 
 
 def slim(curves):
@@ -301,8 +321,8 @@ def judge_all(results):
 
 def table(results):
     """Results -> the README's tables, in Markdown."""
-    lines = ["| model | direct prompt | CoT prompt | CoT over both [95 %] | no answer (CoT) | paper: direct, "
-             "CoT |", "|---|---|---|---|---|---|"]
+    lines = ["| model | direct prompt | CoT prompt | CoT over both [95 %] | CoT, sampled (T = 1) | no answer "
+             "(CoT) | paper: direct, CoT |", "|---|---|---|---|---|---|---|"]
     models = dict.fromkeys(cell["name"].split("@")[0] for cell in results["cells"])
     mean = lambda rows: sum(map(sum, rows)) / sum(map(len, rows))
     for model in models:
@@ -312,8 +332,10 @@ def table(results):
                    if cell["name"] == f"{model}@cot"]
         paper = "{} / {}".format(*PAPER[model]) if model in PAPER else ""
         shown = "" if model == "both" else "{:+.1%} [{:+.1%}, {:+.1%}]".format(*over)
+        drawn = numbers(results, f"{model}@sampled")
         lines.append(f"| {model} | {mean(rows['direct']):.1%} | {mean(rows['cot']):.1%} | {shown} "
-                     f"| {sum(missing) / len(missing):.1%} | {paper} |")
+                     f"| {f'{mean(drawn):.1%}' if drawn else ''} | {sum(missing) / len(missing):.1%} "
+                     f"| {paper} |")
     sizes = list(results["curves"][0])
     lines += ["", "| choosing among n | " + " | ".join(f"n = {n}" for n in sizes) + " |",
               "|---|" + "---|" * len(sizes)]
@@ -365,6 +387,8 @@ def main(argv=None):
         each(recipe.align, [(name, seed, lr) for seed in seeds for name, lr in chosen.items()])
         models = [(name, None) for name in MIXES] + list(chosen.items()) + [("blind", None)]
         cells = each(recipe.cell, [(name, seed, lr) for name, lr in models for seed in seeds])
+        sampled = each(recipe.sampled, [(name, seed, lr) for name, lr in [("both", None), *chosen.items()]
+                                        for seed in seeds])
         found = each(recipe.verify, [(seed, chosen["dpo"]) for seed in seeds])
     results = {
         "command": " ".join(["python -m minicot.recipes.llava_reasoner", *(argv or sys.argv[1:])]),
@@ -374,7 +398,7 @@ def main(argv=None):
         "teacher": {kind: dict(zip(("kept", "dropped"), both)) for kind, both in recipe.counts.items()},
         "words": recipe.words,
         "pairs": [sum(1 for _ in open(recipe.files[seed]["own"])) for seed in seeds],
-        "cells": [row for rows in cells for row in rows],
+        "cells": [row for rows in cells for row in rows] + sampled,
         "grid": grid,
         "curves": [slim(one) for one in found],
     }
