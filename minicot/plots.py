@@ -106,7 +106,7 @@ def best_of_n(seeds, path):
     axes.set_xscale("log", base=2)
     axes.set_xticks([int(n) for n in seeds[0]], list(seeds[0]))
     axes.set(xlabel="samples n", ylabel="accuracy (%)")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save(fig, path)
 
 

@@ -1,7 +1,7 @@
 """LLaVA-Reasoner, "Improve Vision Language Model Chain-of-thought Reasoning" (arXiv 2410.16198), on toy
 pictures.
 
-    python -m minicot.recipes.llava_reasoner             # 3 seeds, 40 minutes on two CPU cores
+    python -m minicot.recipes.llava_reasoner             # 3 seeds, 70 minutes on two CPU cores
     python -m minicot.recipes.llava_reasoner --fast      # a small part of the work, one seed
 
 The path (paper, sections 3 and 4): a noisy teacher writes chains, those that miss the gold answer are dropped
@@ -61,7 +61,7 @@ class Sizes:
     validation: int = 300
     test: int = 1000
     pool: int = 300  # test problems of the verifier
-    lrs: tuple = (1e-5, 3e-5, 1e-4)
+    lrs: tuple = (3e-6, 1e-5, 3e-5, 1e-4)
     seeds: int = 3
 
 
