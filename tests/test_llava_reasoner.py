@@ -7,6 +7,7 @@ L = -log sigmoid( beta [ (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi
 verifier:    r(y) = log pi(y) - log pi_ref(y)
 """
 
+import argparse
 import dataclasses
 import json
 import re
@@ -14,13 +15,13 @@ import re
 import pytest
 
 from minicot.answers import extract_answer, is_correct
-from minicot.data import Problem, Response, Samples, make_groups, truncate_words
+from minicot.data import Problem, Response, Samples, make_groups, samples_to_row, truncate_words
 from minicot.recipes import llava_diagnose as diagnose
 from minicot.recipes import llava_reasoner as recipe
 from minicot.recipes.cells import pack_pairs, to_hex
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures
-from minicot.training import resolve
+from minicot.training import resolve, write_jsonl
 
 TOKENIZER = Tokenizer(resolve("toy"))
 
@@ -251,3 +252,22 @@ def test_the_diagnosis_prints_shares_and_differences():
     votes = diagnose.betas_table([found] * 2, "dpo", (0.01, 30))
     assert orders.count("| 100.0% | 100.0% | 100.0% | 100.0% | 100.0% | 66.7% | 66.7% |") == 2
     assert votes.count("| +0.0% [+0.0%, +0.0%] | +33.3% [") == 2     # at beta 30 the best response decides
+
+
+def test_wrong_chains_are_the_first_that_begin_rightly_and_know_their_first_wrong_step(tmp_path):
+    made = recipe.Recipe(argparse.Namespace(fast=True), recipe.FAST)
+    made.root = tmp_path
+    folders = made.folder("both", 0), made.folder("dpo", 0, 1e-5)
+    for folder in folders:
+        folder.mkdir()
+        (folder / "model").symlink_to(resolve("toy-vision"))
+    wrong, [first, *rest] = wrong_chains(TABLE), TABLE["steps"]
+    late = wrong["look-up"]
+    from_the_start = "\n".join(["Zoe has", first, *rest, "#### 99"])
+    texts = (TABLE["solution"], from_the_start, late, wrong["answer"])
+    found = chains_of(TABLE, *((text, 0.0) for text in texts))
+    found = dataclasses.replace(found, problem=dataclasses.replace(found.problem, image=TABLE["image"]))
+    write_jsonl(folders[1] / "scored.jsonl", [samples_to_row(found)])
+    [(tokens, ratios, steps, place)] = made.wrong_chains(0, 1e-5)
+    assert "".join(tokens) == late + "<|end|>" and ratios == [0.0] * len(tokens)    # a model against itself
+    assert steps == len(TABLE["steps"]) and "has 99, so" in late.split("\n")[place] and place == 3
