@@ -11,6 +11,7 @@ response's tokens, is the reward that it has learned up to a constant of the que
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -78,10 +79,9 @@ def curves(groups, name, *, beta=0.1, sizes=(1, 2, 4, 8, 16, 32)):
 
     The K responses are cut into K // n blocks of n, over which a problem's share is the mean: the same
     samples for every n and every way of choosing."""
-    ways = {"majority": lambda a, s: majority_vote(a), "best": best_of_n,
-            "vote": lambda a, s: weighted_vote(a, s, beta=beta),
-            "sigmoid vote": lambda a, s: weighted_vote(a, s, beta=beta, weight="sigmoid"),
-            "raw vote": lambda a, s: weighted_vote(a, s, beta=beta, weight="raw")}
+    vote = partial(weighted_vote, beta=beta)
+    ways = {"majority": lambda a, s: majority_vote(a), "best": best_of_n, "vote": vote,
+            "sigmoid vote": partial(vote, weight="sigmoid"), "raw vote": partial(vote, weight="raw")}
     found = {}
     for n in sizes:
         found[n] = {way: [] for way in (*ways, "pass")}

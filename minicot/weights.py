@@ -386,13 +386,11 @@ def attach_vision(text_model: Transformer, path, *, image_token_id: int, feature
     config_to_hf(config)                            # refuses what it could not write
     model = VisionLanguageModel(config, torch.Generator().manual_seed(seed), text_model)
     like = next(text_model.parameters())
+    eyes = torch.nn.ModuleDict({name: getattr(model, name) for name in EYES})
     if path.is_dir():
-        eyes, rename = model.vision_tower, tower_name
-        if other:
-            eyes, rename = torch.nn.ModuleDict({name: getattr(model, name) for name in EYES}), eyes_name
-        fill(eyes, read_tensors(path, eyes, rename), path, like.dtype, None)
-    for part in (model.vision_tower, model.multi_modal_projector):
-        part.to(device=like.device, dtype=like.dtype)
+        part, rename = (eyes, eyes_name) if other else (model.vision_tower, tower_name)
+        fill(part, read_tensors(path, part, rename), path, like.dtype, None)
+    eyes.to(device=like.device, dtype=like.dtype)
     return model
 
 

@@ -269,11 +269,11 @@ def right_readings(shipped, rows, images, root=None):
     return sum(text == row["solution"] for text, row in zip(found, rows))
 
 
-def recalled(model, tokenizer, how="lines", n=64):
+def recalled(model, tokenizer, n=64):
     """Of the digits that rows of base_text.recall say again, the share that comes first, given all before."""
     rng, right = random.Random("look up"), []
     for _ in range(n):
-        row = recall(rng, how)
+        row = recall(rng, "lines")
         problem = Problem("a", row["question"], solution=row["solution"])
         encoded = encode_row(tokenizer, problem, row["solution"], mode="plain")
         best = model(torch.tensor([encoded.ids]))[0].argmax(-1).tolist()

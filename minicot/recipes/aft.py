@@ -45,11 +45,14 @@ from minicot.metrics import (
     share_with_pair,
 )
 from minicot.recipes.cells import (
+    INTERVAL,
     claims_of,
+    claims_table,
     command,
     from_hex,
     judge,
     made_by,
+    markdown,
     pack_pairs,
     run_cell,
     to_hex,
@@ -390,40 +393,33 @@ def table(results):
         over = ""
         if vft and name != "vft":
             difference = paired_difference(vft, numbers(cells, name, "accuracy"))
-            over = "{:+.1%} [{:+.1%}, {:+.1%}]".format(*difference)
+            over = INTERVAL.format(*difference)
         line = ("| {name} | {accuracy:.1%} | {over} | {majority:.1%} | {a_train:.1%} / {a_held:.1%} "
                 "| {reference_nll:.3f} | {missing_answers:.1%} | {repeated_4grams:.1%} | {paper} |")
         lines.append(
             line.format(name=name, over=over, paper=PAPER.get(name, ""), **mean).replace("nan%", "")
         )
-    lines += ["", "| claim | difference [95 %] | verdict |", "|---|---|---|"]
-    lines += [
-        f"| {c['id']}. {c['text']} | {c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}] "
-        f"| {c['verdict']} |"
-        for c in results["claims"]
-    ]
+    lines += ["", *claims_table(results["claims"])]
     if results.get("grid"):
         lines += grid_table(results["grid"])
     if results.get("ablations_one_seed"):
         first = [numbers(cells, "vft", "accuracy")[0]]
-        lines += ["", "| ablation, one seed | accuracy | over VFT [95 %, one seed] | A-accuracy held-out |",
-                  "|---|---|---|---|"]  # fmt: skip
-        for cell in results["ablations_one_seed"]:
-            over = paired_difference(first, [from_hex(cell["correct"])])
-            lines.append("| {} | {:.1%} | {:+.1%} [{:+.1%}, {:+.1%}] | {:.1%} |".format(
-                cell["name"], cell["metrics"]["accuracy"], *over, cell["metrics"]["a_held"]))  # fmt: skip
+        lines += ["", *markdown(
+            ("ablation, one seed", "accuracy", "over VFT [95 %, one seed]", "A-accuracy held-out"),
+            [(cell["name"], f"{cell['metrics']['accuracy']:.1%}",
+              INTERVAL.format(*paired_difference(first, [from_hex(cell["correct"])])),
+              f"{cell['metrics']['a_held']:.1%}") for cell in results["ablations_one_seed"]])]  # fmt: skip
     return "\n".join(lines)
 
 
 def grid_table(grid):
     """The whole grid: accuracy on validation problems, a row a method, a column a learning rate."""
     lrs = sorted({one["lr"] for one in grid})
-    lines = ["", "| grid, first seed, validation | " + " | ".join(f"lr {lr:g}" for lr in lrs) + " |",
-             "|---|" + "---|" * len(lrs)]  # fmt: skip
+    rows = []
     for name in dict.fromkeys(one["name"] for one in grid):
         shown = {one["lr"]: f"{one['accuracy']:.1%}" for one in grid if one["name"] == name}
-        lines.append(f"| {name} | " + " | ".join(shown[lr] for lr in lrs) + " |")
-    return lines
+        rows.append((name, *(shown[lr] for lr in lrs)))
+    return ["", *markdown(("grid, first seed, validation", *(f"lr {lr:g}" for lr in lrs)), rows)]
 
 
 def draw(results, recipe, out):

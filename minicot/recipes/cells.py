@@ -73,6 +73,22 @@ def claims_of(table, fields):
     return [dict(zip(fields, map(str.strip, line.split("|")))) for line in table.strip().splitlines()]
 
 
+INTERVAL = "{:+.1%} [{:+.1%}, {:+.1%}]"
+
+
+def markdown(head, rows):
+    """Cells of the head, rows of cells -> the lines of a Markdown table."""
+    line = lambda cells: f"| {' | '.join(map(str, cells))} |"
+    return [line(head), "|---" * len(head) + "|", *map(line, rows)]
+
+
+def claims_table(claims):
+    """Judged claims -> the lines of their Markdown table."""
+    return markdown(("claim", "difference [95 %]", "verdict"), [
+        (f"{one['id']}. {one['text']}", "{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**one),
+         one["verdict"]) for one in claims])  # fmt: skip
+
+
 def to_hex(bits):
     """0/1 a problem -> hex digits (a leading 1 keeps the zeros in front)."""
     return f"{int('1' + ''.join(map(str, bits)), 2):x}"

@@ -21,6 +21,7 @@ from PIL import Image
 from minicot.answers import is_correct, majority_vote, normalize, split_steps
 from minicot.data import Problem, image_reader, read_samples
 from minicot.metrics import paired_difference
+from minicot.recipes.cells import INTERVAL, markdown
 from minicot.recipes.llava_reasoner import RESULTS, RUNS
 from minicot.sampling import sample_groups
 from minicot.tokenizer import Tokenizer
@@ -37,6 +38,7 @@ FILES = ((None, None), (192, "png"), (200, "png"), (320, "jpg"), (200, "jpg"), (
 ERRORS = ("other column", "misread", "look-up", "arithmetic", "operand", "operation", "unreadable", "answer")
 HOLDS = {"+": lambda a, b, c: a + b == c, "-": lambda a, b, c: a - b == c, "x": lambda a, b, c: a * b == c,
          "/": lambda a, b, c: a == b * c and b > 0}
+EQUATION = r"({}) (\d+) ([-+x/]) (\d+) = (\d+)( more)?"
 
 
 # ---- what the base reads -----------------------------------------------------------------------------------
@@ -62,8 +64,7 @@ def base_table(folder, n):
     """Of n test pictures of each kind, how many are read without a mistake, as arrays and as files."""
     model, tokenizer = load_model(folder, dtype=torch.float32).eval(), Tokenizer(folder)
     reader = image_reader(model, tokenizer, folder)
-    ways = ["arrays" if side is None else f"{side} {ending}" for side, ending in FILES]
-    lines = ["| of " + f"{n} | " + " | ".join(ways) + " |", "|---|" + "---|" * len(ways)]
+    ways, lines = ["arrays" if side is None else f"{side} {ending}" for side, ending in FILES], []
     for kind in pictures.KINDS:
         rows, right = pictures.reading_rows("test", n, kind=kind), []
         for side, ending in FILES:
@@ -71,8 +72,8 @@ def base_table(folder, n):
                 images = [row["image"] for row in rows] if side is None else save_as(rows, side, ending, root)
                 found = readings(model, tokenizer, reader, rows, images, root)
             right.append(sum(text == row["solution"] for text, row in zip(found, rows)))
-        lines.append(f"| {kind} | " + " | ".join(map(str, right)) + " |")
-    return "\n".join(lines)
+        lines.append((kind, *right))
+    return "\n".join(markdown((f"of {n}", *ways), lines))
 
 
 # ---- where chains go wrong ---------------------------------------------------------------------------------
@@ -90,19 +91,19 @@ def first_error(problem_id, text):
                   if one.item != scene.asked.item}
         return "other column" if reading.groups() in others else "misread"
     known, _, claim = step.rpartition(", so ")
-    equation = re.search(r"(\w+) has (\d+) ([-+x/]) (\d+) = (\d+)( more)?", claim) or re.search(
-        r"(they) have (\d+) ([-+x/]) (\d+) = (\d+)( more)?", claim)
+    equation = (re.search(EQUATION.format(r"\w+ has"), claim)
+                or re.search(EQUATION.format("they have"), claim))
     if not equation:
         return "unreadable"
-    who, sign, more = equation[1], equation[3], equation[6]
-    a, b, c = (int(equation[place]) for place in (2, 4, 5))
-    taken = [int(number) for number in re.findall(r"\d+", known)]
-    if known and (not pictures.label_steps(scene, [*before, f"{known}."])[-1] or not {*taken} <= {a, b}):
+    who, a, sign, b, c, more = equation.groups()
+    if known and (not pictures.label_steps(scene, [*before, f"{known}."])[-1]
+                  or not {*map(int, re.findall(r"\d+", known))} <= {int(a), int(b)}):
         return "look-up"
-    if not HOLDS[sign](a, b, c):
+    if not HOLDS[sign](int(a), int(b), int(c)):
         return "arithmetic"
-    asked = {"difference": more, "total": who == "they", "value": False}[scene.asked.kind]
-    subjects = [scene.asked] if asked else [one for one in scene.quantities if one.who == who and not more]
+    asked = {"difference": more, "total": who == "they have", "value": False}[scene.asked.kind]
+    own = [one for one in scene.quantities if f"{one.who} has" == who and not more]
+    subjects = [scene.asked] if asked else own
     return "operand" if sign in {FACTS[one.kind][0] for one in subjects} else "operation"
 
 
@@ -114,11 +115,9 @@ def errors_table(seeds):
         for response in samples.responses:
             kind = "right" if response.correct else first_error(samples.problem.id, response.text)
             counts[samples.problem.id.split("-")[0]][kind] += 1
-    lines = ["| chains | right | " + " | ".join(ERRORS) + " |", "|---|---|" + "---|" * len(ERRORS)]
-    for kind in pictures.KINDS:
-        shares = [counts[kind][one] / max(counts[kind].total(), 1) for one in ("right", *ERRORS)]
-        lines.append(f"| {kind} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
-    return "\n".join(lines)
+    rows = [(kind, *(f"{counts[kind][one] / max(counts[kind].total(), 1):.1%}" for one in ("right", *ERRORS)))
+            for kind in pictures.KINDS]
+    return "\n".join(markdown(("chains", "right", *ERRORS), rows))
 
 
 # ---- what the verifier's scores order ----------------------------------------------------------------------
@@ -149,10 +148,7 @@ def best_of_repeated(answers, scores):
 
 def orders_table(seeds, name):
     """Scored Samples, a list a seed -> what a score orders, and how well its best answer does."""
-    lines = [f"| {name}, seed | right above wrong: " + " | ".join(pictures.KINDS) + " | best's answer is no "
-             "other's | best | best of repeated answers | majority |",
-             "|---|" + "---|" * (len(pictures.KINDS) + 4)]
-    mean = lambda values: sum(values) / len(values) if values else float("nan")
+    rows, mean = [], lambda values: sum(values) / len(values) if values else float("nan")
     for seed, groups in enumerate(seeds):
         won = {kind: [orders(one, name) for one in groups if one.problem.id.startswith(kind)]
                for kind in pictures.KINDS}
@@ -164,23 +160,23 @@ def orders_table(seeds, name):
         shares = [mean([one for one in won[kind] if one is not None]) for kind in pictures.KINDS]
         shares += [mean(odd)] + [mean([is_correct(answer, one.problem.answer)
                                        for answer, one in zip(way, groups)]) for way in chosen]
-        lines.append(f"| {seed} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
-    return "\n".join(lines)
+        rows.append((seed, *(f"{share:.1%}" for share in shares)))
+    first, *others = pictures.KINDS
+    head = (f"{name}, seed", f"right above wrong: {first}", *others, "best's answer is no other's", "best",
+            "best of repeated answers", "majority")
+    return "\n".join(markdown(head, rows))
 
 
 def betas_table(seeds, name, betas=(0.1, 1, 3, 10, 30)):
     """Scored Samples, a list a seed -> the weighted votes among all at other betas, over majority."""
-    lines = [f"| vote by {name}, over majority | " + " | ".join(f"beta {beta}" for beta in betas) + " |",
-             "|---|" + "---|" * len(betas)]
     right = lambda choose: [[float(is_correct(choose(*answers_and_scores(one, name)), one.problem.answer))
                              for one in groups] for groups in seeds]
     majority = right(lambda answers, _: majority_vote(answers))
-    for weight in ("exp", "sigmoid"):
-        found = [paired_difference(majority, right(partial(weighted_vote, beta=beta, weight=weight)))
-                 for beta in betas]
-        lines.append(f"| {weight} | "
-                     + " | ".join("{:+.1%} [{:+.1%}, {:+.1%}]".format(*one) for one in found) + " |")
-    return "\n".join(lines)
+    over = lambda beta, weight: paired_difference(
+        majority, right(partial(weighted_vote, beta=beta, weight=weight)))
+    rows = [(weight, *(INTERVAL.format(*over(beta, weight)) for beta in betas))
+            for weight in ("exp", "sigmoid")]
+    return "\n".join(markdown((f"vote by {name}, over majority", *(f"beta {beta}" for beta in betas)), rows))
 
 
 def main(argv=None):
@@ -195,9 +191,8 @@ def main(argv=None):
         return
     results = json.loads((RESULTS / "llava_reasoner.json").read_text())
     [lr] = {cell["settings"]["lr"] for cell in results["cells"] if cell["name"] == "dpo@cot"}
-    seeds = range(results["sizes"]["seeds"])
-    scored = [RUNS / "toy" / f"dpo-lr{lr:g}-s{seed}" / "scored-cut.jsonl" for seed in seeds]
-    seeds = [read_samples(file) for file in scored]
+    seeds = [read_samples(RUNS / "toy" / f"dpo-lr{lr:g}-s{seed}" / "scored-cut.jsonl")
+             for seed in range(results["sizes"]["seeds"])]
     print(errors_table(seeds), *(orders_table(seeds, name) for name in ("dpo", "dpo-cut", "short")),
           *(betas_table(seeds, name) for name in ("dpo", "dpo-cut")), sep="\n\n")
 

@@ -12,7 +12,7 @@ question, cut to their first W words, no EOS -> DPO, beta 0.1, summed log-probab
 tower and projector frozen. Controls: whole pairs; RFT on the same right chains; as many pairs of another
 model (the CoT mix of another seed) as generic preference data. Then the DPO model ranks 32 samples a question
 (best-of-n, weighted vote against majority). Learning rates: each method over the same grid at the first seed,
-chosen by CoT accuracy on validation problems. CLAIMS were written down before the run.
+chosen by CoT accuracy on validation problems. CLAIMS were written down before the run, but for four.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from minicot import plots
 from minicot.answers import extract_answer, is_correct, split_steps
 from minicot.data import Problem, image_reader, pairs, read_samples, render, samples_to_row, target
 from minicot.metrics import mean_interval, paired_difference
-from minicot.recipes.cells import (claims_of, command, from_hex, judge, made_by, pack_pairs, run_cell,
-                                   to_hex, unpack_pairs)
+from minicot.recipes.cells import (INTERVAL, claims_of, claims_table, command, from_hex, judge, made_by,
+                                   markdown, pack_pairs, run_cell, to_hex, unpack_pairs)
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures, teacher
 from minicot.training import ROOT, write_json, write_jsonl
@@ -87,10 +87,10 @@ e2|best:32    |majority:32      |up        |best-of-n by the log-ratio beats maj
 e3|cut vote:32|majority:32      |up        |weighted vote by the first words' log-ratio beats majority
 e4|cut best:32|majority:32      |up        |best-of-n by the first words' log-ratio beats majority
 f1|dpo@cot    |dpo-uncut@cot    |up        |cut pairs beat whole ones
-d4|dpo@sampled|both@sampled |up        |DPO lifts the chains that are sampled, at T = 1
-d5|dpo@sampled|dpo-off-policy@sampled|up|... more than another model's pairs
-d6|dpo@sampled|rft@sampled  |up        |... more than RFT on the same right chains
-f2|dpo@sampled|dpo-uncut@sampled|up    |... and cut pairs more than whole ones
+d4|dpo@sampled|both@sampled     |up        |DPO lifts the chains that are sampled, at T = 1
+d5|dpo@sampled|dpo-off-policy@sampled|up   |... more than another model's pairs
+d6|dpo@sampled|rft@sampled      |up        |... more than RFT on the same right chains
+f2|dpo@sampled|dpo-uncut@sampled|up        |... and cut pairs more than whole ones
 g1|blind@cot  |                 |below 0.15|without the picture, accuracy falls to the text prior (< 15 %)
 """
 CLAIMS = claims_of(CLAIM_TABLE, ("id", "ours", "other", "rule", "text"))
@@ -321,34 +321,30 @@ def judge_all(results):
 
 def table(results):
     """Results -> the README's tables, in Markdown."""
-    lines = ["| model | direct prompt | CoT prompt | CoT over both [95 %] | CoT, sampled (T = 1) | no answer "
-             "(CoT) | paper: direct, CoT |", "|---|---|---|---|---|---|---|"]
-    models = dict.fromkeys(cell["name"].split("@")[0] for cell in results["cells"])
+    shown, models = [], dict.fromkeys(cell["name"].split("@")[0] for cell in results["cells"])
     mean = lambda rows: sum(map(sum, rows)) / sum(map(len, rows))
     for model in models:
         rows = {mode: numbers(results, f"{model}@{mode}") for mode in MODES}
         over = paired_difference(numbers(results, "both@cot"), rows["cot"])
         missing = [cell["metrics"]["missing_answers"] for cell in results["cells"]
                    if cell["name"] == f"{model}@cot"]
-        paper = "{} / {}".format(*PAPER[model]) if model in PAPER else ""
-        shown = "" if model == "both" else "{:+.1%} [{:+.1%}, {:+.1%}]".format(*over)
         drawn = numbers(results, f"{model}@sampled")
-        lines.append(f"| {model} | {mean(rows['direct']):.1%} | {mean(rows['cot']):.1%} | {shown} "
-                     f"| {f'{mean(drawn):.1%}' if drawn else ''} | {sum(missing) / len(missing):.1%} "
-                     f"| {paper} |")
-    sizes = list(results["curves"][0])
-    lines += ["", "| choosing among n | " + " | ".join(f"n = {n}" for n in sizes) + " |",
-              "|---|" + "---|" * len(sizes)]
-    for way in results["curves"][0][sizes[0]]:
-        shares = [mean([seed[n][way] for seed in results["curves"]]) for n in sizes]
-        lines.append(f"| {way} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
-    lines += ["", "| claim | difference [95 %] | verdict |", "|---|---|---|"]
-    lines += [f"| {c['id']}. {c['text']} | {c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}] "
-              f"| {c['verdict']} |" for c in results["claims"]]
+        shown.append((model, f"{mean(rows['direct']):.1%}", f"{mean(rows['cot']):.1%}",
+                      "" if model == "both" else INTERVAL.format(*over),
+                      f"{mean(drawn):.1%}" if drawn else "", f"{sum(missing) / len(missing):.1%}",
+                      "{} / {}".format(*PAPER[model]) if model in PAPER else ""))
+    sizes, ways = list(results["curves"][0]), list(results["curves"][0]["1"])
+    chosen = [(way, *(f"{mean([seed[n][way] for seed in results['curves']]):.1%}" for n in sizes))
+              for way in ways]
     hit, chance, more = ("{:.1%} [{:.1%}, {:.1%}]".format(*one) for one in results["blame"])
-    lines += ["", f"The lowest log-ratio of a wrong chain's steps is at its first wrong one: {hit}; by "
-              f"chance {chance}; difference {more}."]
-    return "\n".join(lines)
+    head = ("model", "direct prompt", "CoT prompt", "CoT over both [95 %]", "CoT, sampled (T = 1)",
+            "no answer (CoT)", "paper: direct, CoT")
+    return "\n".join([
+        *markdown(head, shown), "",
+        *markdown(("choosing among n", *(f"n = {n}" for n in sizes)), chosen), "",
+        *claims_table(results["claims"]), "",
+        f"The lowest log-ratio of a wrong chain's steps is at its first wrong one: {hit}; by chance "
+        f"{chance}; difference {more}."])
 
 
 def main(argv=None):

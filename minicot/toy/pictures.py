@@ -209,7 +209,7 @@ def make_problem(seed: int, *, kind: str | None = None, difficulty: int | None =
 
 def _scenes(split, n, start, kind, difficulty=None):
     make = lambda seed: make_picture(seed, kind, difficulty)
-    return problems.scenes_of(make, split_of, split, n, start)
+    return problems.scenes_in_split(make, split_of, split, n, start)
 
 
 def rows(split: str, n: int, *, start: int = 0, kind: str | None = None, difficulty: int | None = None,

@@ -333,10 +333,10 @@ def rows(split: str, n: int, *, start: int = 0, difficulty: int | None = None, d
     """The rows start .. start + n - 1 of a split, in the order of their seeds: the same list in every
     process. ValueError for an unknown split."""
     make = lambda seed: make_scene(seed, difficulty, distractors)
-    return [row_of(scene, wording=wording) for scene in scenes_of(make, split_of, split, n, start)]
+    return [row_of(scene, wording=wording) for scene in scenes_in_split(make, split_of, split, n, start)]
 
 
-def scenes_of(make, split_of, split: str, n: int, start: int) -> list[Scene]:
+def scenes_in_split(make, split_of, split: str, n: int, start: int) -> list[Scene]:
     """The scenes start .. start + n - 1 of a split among make(0), make(1), ..."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
