@@ -1,11 +1,11 @@
 """Answer a question, write K graded responses a problem, or evaluate a model.
 
-    python sample.py                                            # worked solutions of held-out toy problems
-    python sample.py "Tom has 3 apples. Ana has 4 more apples than Tom. How many apples does Ana have?"
-    python sample.py --model runs/sft --split train --n 8 --out runs/samples.jsonl    # K = 8; may be resumed
-    python sample.py --model runs/sft --evaluate --n 8             # accuracy, majority@8, pass@k
-    python sample.py --image picture.png "How many apples does Tom have?"        # a vision-language model
-    python sample.py --verifier runs/dpo --ref runs/sft --samples runs/samples.jsonl --out runs/scored.jsonl
+python sample.py                                            # worked solutions of held-out toy problems
+python sample.py "Tom has 3 apples. Ana has 4 more apples than Tom. How many apples does Ana have?"
+python sample.py --model runs/sft --split train --n 8 --out runs/samples.jsonl    # K = 8; may be resumed
+python sample.py --model runs/sft --evaluate --n 8             # accuracy, majority@8, pass@k
+python sample.py --image picture.png "How many apples does Tom have?"        # a vision-language model
+python sample.py --verifier runs/dpo --ref runs/sft --samples runs/samples.jsonl --out runs/scored.jsonl
 """
 
 import os
@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from minicot.config import SampleConfig, check, run
-from minicot.data import (Problem, default_length, image_reader, read_problems, read_samples, samples_to_row,
-                          style_of)
+from minicot.data import Problem, default_length, image_reader, read_problems, read_samples, samples_to_row
+from minicot.data import style_of
 from minicot.metrics import accuracy, degeneration, majority_accuracy, pass_at_k
 from minicot.sampling import sample_groups
 from minicot.tokenizer import Tokenizer
@@ -60,11 +60,14 @@ def report_unread(groups):
     """Say which problems had a picture that could not be read."""
     unread = [samples for samples in groups if samples.error]
     if unread:
-        print(f"{len(unread)} problems without a response, as their picture can't be read; the first is "
-              f"{unread[0].problem.id!r}: {unread[0].error}")
+        print(
+            f"{len(unread)} problems without a response, as their picture can't be read; the first is "
+            f"{unread[0].problem.id!r}: {unread[0].error}"
+        )
 
 
 # ---- samples.jsonl -----------------------------------------------------------------------------------------
+
 
 def write_samples(path, groups, problems, settings, overwrite):
     """Stream Samples to a JSON-lines file; problems that it holds already are not sampled again.
@@ -75,15 +78,17 @@ def write_samples(path, groups, problems, settings, overwrite):
         raise ValueError(f"--out {path} is a folder, expected a file")
     if path.is_file() and path.stat().st_size and not overwrite:
         if not beside.is_file() or read_json(beside) != settings:
-            raise ValueError(f"--out {path} was made with other settings or another model ({beside}); "
-                             "allowed: the same, --overwrite, or another file")
+            raise ValueError(
+                f"--out {path} was made with other settings or another model ({beside}); "
+                "allowed: the same, --overwrite, or another file"
+            )
         drop_unfinished_line(path)
         done = {samples.problem.id for samples in read_samples(path)} if path.stat().st_size else set()
     path.parent.mkdir(parents=True, exist_ok=True)
     left = [problem for problem in problems if problem.id not in done]
     print(f"{len(left)} problems to sample, {len(done)} are in {path} already")
     stream = groups(left)
-    first = next(stream, None)          # what is there is only replaced once there is something new
+    first = next(stream, None)  # what is there is only replaced once there is something new
     write_json(beside, settings)
     with open(path, "a" if done else "w", encoding="utf-8") as file:
         for samples in tqdm(chain(first, stream), total=len(left), unit="problem", disable=None):
@@ -108,19 +113,32 @@ def drop_unfinished_line(path):
 
 # ---- evaluation --------------------------------------------------------------------------------------------
 
+
 def summarise(greedy, sampled):
     """Metrics of greedy Samples (one response each) and, where there are any, of K sampled responses each."""
     responses = [samples.first for samples in greedy]
     share, low, high = accuracy([response.correct for response in responses])
-    metrics = {"accuracy": share, "low": low, "high": high, "problems": len(responses),
-               **degeneration([r.ids for r in responses], [r.answer for r in responses]),
-               "unfinished": sum(response.finish == "length" for response in responses) / len(responses)}
+    metrics = {
+        "accuracy": share,
+        "low": low,
+        "high": high,
+        "problems": len(responses),
+        **degeneration([r.ids for r in responses], [r.answer for r in responses]),
+        "unfinished": sum(response.finish == "length" for response in responses) / len(responses),
+    }
     if sampled:
         k, counts = len(sampled[0].responses), [sum(r.correct for r in s.responses) for s in sampled]
-        metrics |= {"k": k, "majority": majority_accuracy([[r.answer for r in s.responses] for s in sampled],
-                                                          [s.problem.answer for s in sampled]),
-                    "pass": {str(j): sum(pass_at_k(k, c, j) for c in counts) / len(counts)
-                             for j in (2**i for i in range(14)) if j <= k}}
+        metrics |= {
+            "k": k,
+            "majority": majority_accuracy(
+                [[r.answer for r in s.responses] for s in sampled], [s.problem.answer for s in sampled]
+            ),
+            "pass": {
+                str(j): sum(pass_at_k(k, c, j) for c in counts) / len(counts)
+                for j in (2**i for i in range(14))
+                if j <= k
+            },
+        }
     return metrics
 
 
@@ -136,14 +154,23 @@ def evaluate(config, groups, problems, folder):
     greedy = watch(groups(problems, n=1, temperature=0.0))
     metrics = summarise(greedy, watch(groups(problems)) if config.n > 1 else [])
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {"command": " ".join(["python", "sample.py", *sys.argv[1:]]), "model": str(folder),
-                     "settings": dataclasses.asdict(config), "metrics": metrics,
-                     "problem_ids": [problem.id for problem in problems],
-                     "correct": [int(samples.first.correct) for samples in greedy]})
+    write_json(
+        out,
+        {
+            "command": " ".join(["python", "sample.py", *sys.argv[1:]]),
+            "model": str(folder),
+            "settings": dataclasses.asdict(config),
+            "metrics": metrics,
+            "problem_ids": [problem.id for problem in problems],
+            "correct": [int(samples.first.correct) for samples in greedy],
+        },
+    )
     interval = f"[{metrics['low']:.1%}, {metrics['high']:.1%}]"
-    print(f"{folder}: greedy accuracy {metrics['accuracy']:.1%} {interval} on {len(problems)} problems; "
-          f"missing answers {metrics['missing_answers']:.1%}, mean length {metrics['mean_length']:.1f} tokens"
-          f", repeated 4-grams {metrics['repeated_4grams']:.1%}")
+    print(
+        f"{folder}: greedy accuracy {metrics['accuracy']:.1%} {interval} on {len(problems)} problems; "
+        f"missing answers {metrics['missing_answers']:.1%}, mean length {metrics['mean_length']:.1f} tokens"
+        f", repeated 4-grams {metrics['repeated_4grams']:.1%}"
+    )
     if config.n > 1:
         passes = ", ".join(f"pass@{k} {share:.1%}" for k, share in metrics["pass"].items())
         print(f"majority@{config.n} {metrics['majority']:.1%}; {passes}")
@@ -153,22 +180,36 @@ def evaluate(config, groups, problems, folder):
 
 # ---- DPO as verifier ---------------------------------------------------------------------------------------
 
+
 def verify(config, device):
     """Score --samples by log pi - log pi_ref -> --out, and show how well choosing by it does."""
     for name in ("samples", "ref", "out"):
         check(getattr(config, name), f"--{name}", getattr(config, name), "a path, with --verifier")
     groups = [samples for samples in read_samples(config.samples) if samples.responses]
     check(groups, "--samples", config.samples, "samples with responses")
-    check(config.overwrite or not Path(config.out).exists(), "--out", config.out,
-          "a new file, or --overwrite")
+    check(
+        config.overwrite or not Path(config.out).exists(), "--out", config.out, "a new file, or --overwrite"
+    )
     folder = resolve(config.verifier)
     tokenizer, dtype = Tokenizer(folder), getattr(torch, config.dtype)
     model, ref = (load_model(path, dtype=dtype, device=device) for path in (folder, resolve(config.ref)))
-    check(Tokenizer(resolve(config.ref)).fingerprint == tokenizer.fingerprint, "--ref", config.ref,
-          "a model with the verifier's tokenizer")
+    check(
+        Tokenizer(resolve(config.ref)).fingerprint == tokenizer.fingerprint,
+        "--ref",
+        config.ref,
+        "a model with the verifier's tokenizer",
+    )
     name = "dpo-cut" if config.truncate_words else "dpo"
-    scored = log_ratio_scores(model, ref, tokenizer, groups, name=name, mode=config.mode,
-                              words=config.truncate_words, reader=image_reader(model, tokenizer, folder))
+    scored = log_ratio_scores(
+        model,
+        ref,
+        tokenizer,
+        groups,
+        name=name,
+        mode=config.mode,
+        words=config.truncate_words,
+        reader=image_reader(model, tokenizer, folder),
+    )
     scored = list(tqdm(scored, total=len(groups), unit="problem", disable=None))
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(config.out, map(samples_to_row, scored))
@@ -181,11 +222,16 @@ def verify(config, device):
 
 # ---- the script --------------------------------------------------------------------------------------------
 
+
 def main(config):
     on_toy = config.data in ("toy", "toy-pictures")
     check(config.reward == "correct" or on_toy, "--reward", config.reward, "correct, for this --data")
-    check(config.verifier or not config.truncate_words, "--truncate-words", config.truncate_words,
-          "0, without --verifier")
+    check(
+        config.verifier or not config.truncate_words,
+        "--truncate-words",
+        config.truncate_words,
+        "0, without --verifier",
+    )
     device = pick_device(config.device)
     if config.verifier:
         verify(config, device)
@@ -201,14 +247,21 @@ def main(config):
     tokenizer = Tokenizer(folder)
     model = load_model(folder, dtype=getattr(torch, config.dtype), device=device).eval()
     vocabulary = model.config.vocab_size
-    check(tokenizer.vocab_size <= vocabulary, "--model", str(folder),
-          f"a tokenizer of at most {vocabulary} ids")
+    check(
+        tokenizer.vocab_size <= vocabulary, "--model", str(folder), f"a tokenizer of at most {vocabulary} ids"
+    )
     reader = image_reader(model, tokenizer, folder)
-    settings = dict(mode=config.mode, style=config.style or style_of(config.data), top_k=config.top_k,
-                    top_p=config.top_p, seed=config.seed, batch_size=config.batch_size,
-                    max_new_tokens=config.max_new_tokens or default_length(config.data),
-                    reward=step_grade if config.reward == "steps" else None,
-                    reader=reader and dataclasses.replace(reader, blind=config.blind))
+    settings = dict(
+        mode=config.mode,
+        style=config.style or style_of(config.data),
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens or default_length(config.data),
+        reward=step_grade if config.reward == "steps" else None,
+        reader=reader and dataclasses.replace(reader, blind=config.blind),
+    )
 
     def groups(problems, n=config.n, temperature=config.temperature):
         return sample_groups(model, tokenizer, problems, n=n, temperature=temperature, **settings)
@@ -216,7 +269,7 @@ def main(config):
     if config.evaluate:
         evaluate(config, groups, problems, folder)
     elif config.out:
-        free = ("out", "overwrite", "limit", "batch_size")          # may change when sampling goes on
+        free = ("out", "overwrite", "limit", "batch_size")  # may change when sampling goes on
         kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
         kept |= {"model": str(folder), "weights": weights_digest(folder), "tokenizer": tokenizer.fingerprint}
         written = write_samples(config.out, groups, problems, kept, config.overwrite)

@@ -18,23 +18,26 @@ from tqdm import tqdm
 
 from minicot import plots
 from minicot.config import TrainConfig, check, run
-from minicot.data import (IMAGE, check_pictures, collate, encode_row, fit, image_reader, peek, read_problems,
-                          refuse_shared, schedule, seed_of, target, text_room)
+from minicot.data import IMAGE, check_pictures, collate, encode_row, fit, image_reader, peek, read_problems
+from minicot.data import refuse_shared, schedule, seed_of, target, text_room
 from minicot.losses import sft_loss
 from minicot.metrics import paired_difference
 from minicot.scoring import score
 from minicot.tokenizer import Tokenizer
-from minicot.training import (Log, check_out, clip_gradients, close_run, digest_of, load_checkpoint,
-                              make_optimizer, mfu, open_run, pick_device, refuse_non_finite, resolve,
-                              save_checkpoint, set_lr, train_only, write_json)
+from minicot.training import Log, check_out, clip_gradients, close_run, digest_of, load_checkpoint
+from minicot.training import make_optimizer, mfu, open_run, pick_device, refuse_non_finite, resolve
+from minicot.training import save_checkpoint, set_lr, train_only, write_json
 from minicot.weights import attach_vision, load_model, save_model
 
 
 def make_rows(tokenizer, problems, config, max_length):
     """Rows of problems, one each (two with --mode both), and how many were too long."""
     modes = ("cot", "direct") if config.mode == "both" else (config.mode,)
-    rows = [encode_row(tokenizer, problem, target(problem, mode), mode=mode)
-            for problem in problems for mode in modes]
+    rows = [
+        encode_row(tokenizer, problem, target(problem, mode), mode=mode)
+        for problem in problems
+        for mode in modes
+    ]
     return fit(rows, max_length, config.overlong)
 
 
@@ -43,8 +46,9 @@ def open_eyes(model, tokenizer, config):
     token = tokenizer.add_token(IMAGE)
     if token >= model.config.vocab_size:
         model.grow_vocabulary(token + 1)
-    return attach_vision(model, config.vision, image_token_id=token, feature_layer=config.feature_layer,
-                         seed=config.seed)
+    return attach_vision(
+        model, config.vision, image_token_id=token, feature_layer=config.feature_layer, seed=config.seed
+    )
 
 
 @torch.no_grad()
@@ -52,7 +56,7 @@ def row_losses(model, rows, pad_id, reader, device):
     """Mean token loss of each row, (len(rows),)."""
     losses = []
     for start in range(0, len(rows), 8):
-        batch = collate([[row] for row in rows[start:start + 8]], pad_id, reader).to(device)
+        batch = collate([[row] for row in rows[start : start + 8]], pad_id, reader).to(device)
         losses += [-logps[mask].mean().item() for logps, mask in zip(score(model, batch), batch.loss_mask)]
     return losses
 
@@ -70,8 +74,12 @@ def main(config):
     train_only(model, config.train)
     context = model.config.max_position_embeddings
     check(config.max_length <= context, "--max-length", config.max_length, f"at most the context, {context}")
-    check(tokenizer.vocab_size <= model.config.vocab_size, "--tokenizer", str(tokenizer.folder),
-          f"one with ids below the model's vocab_size, {model.config.vocab_size}")
+    check(
+        tokenizer.vocab_size <= model.config.vocab_size,
+        "--tokenizer",
+        str(tokenizer.folder),
+        f"one with ids below the model's vocab_size, {model.config.vocab_size}",
+    )
     problems = read_problems(config.data, config.split, limit=config.limit)
     max_length = min(config.max_length or context, text_room(context, problems, reader))
     rows, n_overlong = make_rows(tokenizer, problems, config, max_length)
@@ -86,15 +94,17 @@ def main(config):
     lengths = [len(row.ids) if config.group_by_length else 0 for row in rows]
     batches = schedule(lengths, config.batch_size, n_rows, seed_of(config.seed, "order"))
     if config.peek:
-        peek(tokenizer, [[row] for row in rows[:config.peek]])
+        peek(tokenizer, [[row] for row in rows[: config.peek]])
 
     out = open_run(config, digest_of(tokenizer, [rows, held_out]), [folder])
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.vision_lr)
     first = load_checkpoint(out, model, optimizer) if config.resume else 0
     log = Log(out / "metrics.jsonl", first)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}; {len(rows):,} rows and "
-          f"{len(held_out)} held out ({n_overlong + n_lost} over {max_length} tokens left out); "
-          f"steps {first + 1} to {len(batches)}")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}; {len(rows):,} rows and "
+        f"{len(held_out)} held out ({n_overlong + n_lost} over {max_length} tokens left out); "
+        f"steps {first + 1} to {len(batches)}"
+    )
     if held_out and not first:
         before = row_losses(model, held_out, tokenizer.pad_id, reader, device)
         write_json(out / "eval.json", {"before": before})
@@ -103,9 +113,9 @@ def main(config):
     for step in progress:
         lr = set_lr(optimizer, step, len(batches), config.warmup)
         chosen = [rows[i] for i in batches[step - 1]]
-        n_target = sum(len(row.ids) - row.n_prompt for row in chosen)          # of the whole step
+        n_target = sum(len(row.ids) - row.n_prompt for row in chosen)  # of the whole step
         loss = 0.0
-        for micro in [part for a in range(config.accumulate) if (part := chosen[a::config.accumulate])]:
+        for micro in [part for a in range(config.accumulate) if (part := chosen[a :: config.accumulate])]:
             batch = collate([[row] for row in micro], tokenizer.pad_id, reader).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
                 logps = score(model, batch)
@@ -142,19 +152,25 @@ def main(config):
 def report(model, lines, out, device):
     last, speed = [line["loss"] for line in lines[-20:]], lines[-1]["tokens_per_s"]
     share = mfu(model, speed, device)
-    print(f"loss {lines[0]['loss']:.3f} -> {sum(last) / len(last):.3f} (mean of the last {len(last)} steps), "
-          f"{speed:,.0f} tokens/s{f', MFU {share:.1%}' if share else ''} -> {out}")
+    print(
+        f"loss {lines[0]['loss']:.3f} -> {sum(last) / len(last):.3f} (mean of the last {len(last)} steps), "
+        f"{speed:,.0f} tokens/s{f', MFU {share:.1%}' if share else ''} -> {out}"
+    )
 
 
 def report_held_out(out, after, split):
     """Mean token loss of held-out solutions before and after, paired -> eval.json and a line."""
     before = json.loads((out / "eval.json").read_text())["before"]
     difference, low, high = paired_difference([before], [after])
-    write_json(out / "eval.json", {"before": before, "after": after, "difference": difference, "low": low,
-                                   "high": high})
-    print(f"NLL of {len(after)} solutions of {split}: {sum(before) / len(before):.4f} -> "
-          f"{sum(after) / len(after):.4f} nats a token, difference {difference:+.4f} "
-          f"[{low:+.4f}, {high:+.4f}]")
+    write_json(
+        out / "eval.json",
+        {"before": before, "after": after, "difference": difference, "low": low, "high": high},
+    )
+    print(
+        f"NLL of {len(after)} solutions of {split}: {sum(before) / len(before):.4f} -> "
+        f"{sum(after) / len(after):.4f} nats a token, difference {difference:+.4f} "
+        f"[{low:+.4f}, {high:+.4f}]"
+    )
 
 
 if __name__ == "__main__":

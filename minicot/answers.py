@@ -11,35 +11,41 @@ from fractions import Fraction
 
 # What stands before the answer; the answer runs to the end of the line.
 _MARKERS = {
-    "hash": re.compile(r"(?<!#)####(?!#)"),                                       # GSM8K
+    "hash": re.compile(r"(?<!#)####(?!#)"),  # GSM8K
     "answer": re.compile(r"(?<!#)###[ \t]*Answer[ \t]*:", re.IGNORECASE),
-    "dagger": re.compile(r"†[ \t]*Answer[ \t]*:", re.IGNORECASE),                 # URSA
+    "dagger": re.compile(r"†[ \t]*Answer[ \t]*:", re.IGNORECASE),  # URSA
     "sentence": re.compile(r"\bthe (?:final |correct )?answer is\b:?", re.IGNORECASE),
 }
 STYLES = (*_MARKERS, "boxed", "letter")
 
 _LETTER_MARKER = re.compile(r"\banswer(?: is\b:?|[ \t]*:)|(?<!#)####(?!#)", re.IGNORECASE)
 _PAREN_LETTER = re.compile(r"\(([A-Ea-e])\)")
-_BARE_LETTER = re.compile(r"([A-E])(?:[).:](?!\w)|$)")            # "B", "B.", "B) a pen", but not "A dog"
+_BARE_LETTER = re.compile(r"([A-E])(?:[).:](?!\w)|$)")  # "B", "B.", "B) a pen", but not "A dog"
 _LONE_LETTER = re.compile(r"\(?([A-E])\)?\.?")
 _STEP_HEAD = re.compile(r"(?:\*\*)?step \d+\s*[:.]", re.IGNORECASE)
-_ANSWER_LINE = re.compile(r"####(?!#)|###\s*answer\s*:|†\s*answer\s*:|answer\s*:|\$?\\boxed\{|"
-                          r"(?:(?:so|thus|hence|therefore),? )?the (?:final |correct )?answer is\b",
-                          re.IGNORECASE)
+_ANSWER_LINE = re.compile(
+    r"####(?!#)|###\s*answer\s*:|†\s*answer\s*:|answer\s*:|\$?\\boxed\{|"
+    r"(?:(?:so|thus|hence|therefore),? )?the (?:final |correct )?answer is\b",
+    re.IGNORECASE,
+)
 
-_INTEGER = r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)"         # 1,000 and 1000; "1,5" and "1,2,3" are no numbers
+_INTEGER = r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)"  # 1,000 and 1000; "1,5" and "1,2,3" are no numbers
 _NUMBER = re.compile(
     r"(?P<sign>[-+]?) ?(?P<money>[$£€¥]?) ?(?P<sign2>[-+]?)"
     rf"(?:(?:(?P<whole>\d+) +)?(?P<top>-?\d+) ?/ ?(?P<bottom>\d+)"
     rf"|(?P<decimal>{_INTEGER}(?:\.\d*)?|\.\d+)"
     r"(?:e(?P<exp>[-+]?\d+)| ?(?:x|×|\*|\\times) ?10 ?\^ ?\{?(?P<exp10>[-+]?\d+)\}?)?)"
-    r"(?![\d,:/^]|\.\d)(?P<rest>.*)", re.IGNORECASE)
+    r"(?![\d,:/^]|\.\d)(?P<rest>.*)",
+    re.IGNORECASE,
+)
 _UNIT_WORD = re.compile(r"[A-Za-z°]+[²³]?(?:\^[23])?")
 # A word after the number that makes it another number, or no number.
-_NOT_UNITS = frozenset("and or to plus minus times x y z i pi half halves third thirds quarter quarters "
-                       "dozen hundred thousand million billion trillion".split())
-_LONGEST = 200                             # characters; longer answers are compared as text
-_LARGEST_EXPONENT = 400                    # 1e999999999 must not be written out
+_NOT_UNITS = frozenset(
+    "and or to plus minus times x y z i pi half halves third thirds quarter quarters "
+    "dozen hundred thousand million billion trillion".split()
+)
+_LONGEST = 200  # characters; longer answers are compared as text
+_LARGEST_EXPONENT = 400  # 1e999999999 must not be written out
 
 
 def extract_answer(text: str, style: str) -> str | None:
@@ -63,7 +69,7 @@ def extract_answer(text: str, style: str) -> str | None:
 
 def _after_last(marker: re.Pattern, text: str) -> str | None:
     ends = [match.end() for match in marker.finditer(text)]
-    return re.split(r"[\r\n]", text[ends[-1]:], maxsplit=1)[0] if ends else None
+    return re.split(r"[\r\n]", text[ends[-1] :], maxsplit=1)[0] if ends else None
 
 
 def _trim(answer: str) -> str:
@@ -88,7 +94,7 @@ def _extract_boxed(text: str) -> str | None:
             depth += 1 if text[i] == "{" else -1
         if depth == 0:
             return _trim(text[start:i]) or None
-    return None                                                   # never closed: a truncated response
+    return None  # never closed: a truncated response
 
 
 def _extract_letter(text: str) -> str | None:
@@ -98,7 +104,7 @@ def _extract_letter(text: str) -> str | None:
         return lone and lone[1]
     line = _trim(line)
     found = _PAREN_LETTER.match(line) or _BARE_LETTER.match(line)
-    if not found or _PAREN_LETTER.search(line, found.end()):      # "(A) or (B)" is no choice
+    if not found or _PAREN_LETTER.search(line, found.end()):  # "(A) or (B)" is no choice
         return None
     return found[1].upper()
 
@@ -175,7 +181,7 @@ def majority_vote(answers: list[str | None]) -> str | None:
     for answer in answers:
         if answer is not None:
             votes.setdefault(normalize(answer), []).append(answer)
-    return max(votes.values(), key=len)[0] if votes else None     # max keeps the first of equals
+    return max(votes.values(), key=len)[0] if votes else None  # max keeps the first of equals
 
 
 def split_steps(text: str) -> list[str]:

@@ -288,8 +288,13 @@ def ecqa_row(row, number, stem):
     explanation (taskB). Or {id, question, choices, answer: index, explanation?} as JSON lines."""
     if "q_text" in row:
         choices = [row[f"q_op{i}"] for i in range(1, 6)]
-        row = {"id": row["q_no"], "question": row["q_text"], "choices": choices,
-               "answer": choices.index(row["q_ans"]), "explanation": row["taskB"]}  # fmt: skip
+        row = {
+            "id": row["q_no"],
+            "question": row["q_text"],
+            "choices": choices,
+            "answer": choices.index(row["q_ans"]),
+            "explanation": row["taskB"],
+        }
     letter = dict(enumerate(LETTERS[: len(row["choices"])]))[row["answer"]]
     explanation = row.get("explanation")
     return {
@@ -555,8 +560,10 @@ class ImageReader:
 
     def pixels(self, images):
         """[(picture, root)] -> list of (C,H,W). ValueError or OSError names the one that can't be read."""
-        opened = [pictures.draw(name[4:]) if name.startswith("toy:") else load_image(name, root)
-                  for name, root in images]  # fmt: skip
+        opened = [
+            pictures.draw(name[4:]) if name.startswith("toy:") else load_image(name, root)
+            for name, root in images
+        ]
         found = [self.processor(image) for image in opened]
         return [torch.zeros_like(image) for image in found] if self.blind else found
 
@@ -577,8 +584,10 @@ def image_reader(model, tokenizer, folder):
         return None
     config = model.vlm_config
     if tokenizer.encode(IMAGE) != [config.image_token_id]:
-        raise ValueError(f"{tokenizer.folder}: its tokenizer reads {IMAGE} as {tokenizer.encode(IMAGE)}; "
-                         f"allowed: as the model's image token, [{config.image_token_id}]")  # fmt: skip
+        raise ValueError(
+            f"{tokenizer.folder}: its tokenizer reads {IMAGE} as {tokenizer.encode(IMAGE)}; "
+            f"allowed: as the model's image token, [{config.image_token_id}]"
+        )
     return ImageReader(config.image_token_id, config.image_seq_length, ImageProcessor(folder))
 
 
@@ -595,8 +604,10 @@ def check_pictures(groups, reader, source):
         if reader is not None:
             reader.expand(row.ids, row.problem_id, len(row.images))
         elif row.images:
-            raise ValueError(f"{source}: problem {row.problem_id!r} has a picture, but the model reads text "
-                             "only; allowed: a vision-language folder, or train.py --vision")  # fmt: skip
+            raise ValueError(
+                f"{source}: problem {row.problem_id!r} has a picture, but the model reads text "
+                "only; allowed: a vision-language folder, or train.py --vision"
+            )
 
 
 def collate(groups, pad_id, reader=None):
@@ -604,9 +615,17 @@ def collate(groups, pad_id, reader=None):
     image placeholder to its n tokens and reads the pictures, those of a group once."""
     images, image_group = [], []
     if reader is not None:
-        groups = [[replace(row, ids=(ids := reader.expand(row.ids, row.problem_id, len(row.images))),
-                           n_prompt=row.n_prompt + len(ids) - len(row.ids)) for row in group]
-                  for group in groups]  # fmt: skip
+        groups = [
+            [
+                replace(
+                    row,
+                    ids=(ids := reader.expand(row.ids, row.problem_id, len(row.images))),
+                    n_prompt=row.n_prompt + len(ids) - len(row.ids),
+                )
+                for row in group
+            ]
+            for group in groups
+        ]
         for b, group in enumerate(groups):
             found = reader.pixels(group[0].images)
             images, image_group = images + found, image_group + [b] * len(found)
@@ -757,11 +776,17 @@ def truncate_words(samples, words):
     """Samples whose responses keep their first `words` words (split at blanks, as LLaVA-Reasoner's code does,
     which counts words and not tokens) and lose EOS: what is cut is not the model's to end, and that code
     never scores EOS in DPO."""
+
     def cut(response):
         kept = response.text.split(" ")[:words]
         ids = response.ids[:-1] if response.ids and response.finish == "stop" else response.ids
-        return replace(response, text=" ".join(kept), finish="length",
-                       ids=ids if len(kept) == len(response.text.split(" ")) else None)  # fmt: skip
+        return replace(
+            response,
+            text=" ".join(kept),
+            finish="length",
+            ids=ids if len(kept) == len(response.text.split(" ")) else None,
+        )
+
     return [replace(group, responses=list(map(cut, group.responses))) for group in samples]
 
 

@@ -18,26 +18,51 @@ import torch
 from PIL import Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS = 2**26               # 8,192 x 8,192: what a file may hold, and what a resized picture may have
+MAX_PIXELS = 2**26  # 8,192 x 8,192: what a file may hold, and what a resized picture may have
 NESTED, PLAIN = "processor_config.json", "preprocessor_config.json"
 
 # What a preprocessor_config.json may leave out, and what its absence means: the classes' defaults.
-COMMON = {"do_convert_rgb": True, "do_pad": False, "do_resize": True, "resample": 3, "do_center_crop": False,
-          "crop_size": None, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
-CLIP = COMMON | {"size": {"shortest_edge": 224}, "do_center_crop": True,
-                 "crop_size": {"height": 224, "width": 224},
-                 "image_mean": [0.48145466, 0.4578275, 0.40821073],
-                 "image_std": [0.26862954, 0.26130258, 0.27577711]}
-DEFAULTS = {"CLIPImageProcessor": CLIP, "LlavaImageProcessor": CLIP,
-            "SiglipImageProcessor": COMMON | {"size": {"height": 224, "width": 224},
-                                              "image_mean": [0.5] * 3, "image_std": [0.5] * 3}}
+COMMON = {
+    "do_convert_rgb": True,
+    "do_pad": False,
+    "do_resize": True,
+    "resample": 3,
+    "do_center_crop": False,
+    "crop_size": None,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+}
+CLIP = COMMON | {
+    "size": {"shortest_edge": 224},
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+DEFAULTS = {
+    "CLIPImageProcessor": CLIP,
+    "LlavaImageProcessor": CLIP,
+    "SiglipImageProcessor": COMMON
+    | {"size": {"height": 224, "width": 224}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+}
 # Keys that change no pixel, and the one value of data_format that is ours.
-IGNORED = {"image_processor_type", "feature_extractor_type", "processor_class", "_valid_processor_keys",
-           "default_to_square", "return_tensors", "device", "disable_grouping", "image_seq_length"}
+IGNORED = {
+    "image_processor_type",
+    "feature_extractor_type",
+    "processor_class",
+    "_valid_processor_keys",
+    "default_to_square",
+    "return_tensors",
+    "device",
+    "disable_grouping",
+    "image_seq_length",
+}
 ALLOWED_VALUES = {"data_format": "channels_first"}
 
 
 # ---- files -------------------------------------------------------------------------------------------------
+
 
 def load_image(path, root=None) -> Image.Image:
     """A PNG, JPEG or WebP file -> an RGB picture (to_rgb), turned upright as its EXIF says; an animation's
@@ -54,8 +79,10 @@ def load_image(path, root=None) -> Image.Image:
     except Exception:  # noqa: BLE001 - a broken header may raise anything
         with open(file, "rb") as opened:
             start = opened.read(12)
-        raise ValueError(f"{where}: found no picture that can be read (its first bytes are {start}); "
-                         f"allowed: {', '.join(FORMATS)}") from None
+        raise ValueError(
+            f"{where}: found no picture that can be read (its first bytes are {start}); "
+            f"allowed: {', '.join(FORMATS)}"
+        ) from None
     with image:
         width, height = image.size
         if width * height > MAX_PIXELS:
@@ -64,8 +91,9 @@ def load_image(path, root=None) -> Image.Image:
             return to_rgb(ImageOps.exif_transpose(image))
         except Exception as error:  # noqa: BLE001 - a decoder may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{where}: found a broken or truncated {image.format} ({reason}); "
-                             "allowed: a whole one") from None
+            raise ValueError(
+                f"{where}: found a broken or truncated {image.format} ({reason}); allowed: a whole one"
+            ) from None
 
 
 def locate(path, root):
@@ -82,8 +110,13 @@ def locate(path, root):
     if not inside:
         raise ValueError(f"{where}: found a path that leaves its folder; allowed: files inside {root}")
     if not stat.S_ISREG(found.st_mode) or not found.st_size:
-        kind = ("a folder" if stat.S_ISDIR(found.st_mode) else
-                "an empty file" if stat.S_ISREG(found.st_mode) else "no regular file")
+        kind = (
+            "a folder"
+            if stat.S_ISDIR(found.st_mode)
+            else "an empty file"
+            if stat.S_ISREG(found.st_mode)
+            else "no regular file"
+        )
         raise ValueError(f"{where}: found {kind}; allowed: a {', '.join(FORMATS)} file")
     return file
 
@@ -102,6 +135,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------
+
 
 class ImageProcessor:
     """What a folder's preprocessor_config.json (or the image_processor inside processor_config.json, which
@@ -153,11 +187,11 @@ class ImageProcessor:
             image = square
         if options["do_resize"]:
             image = image.resize(_resized(image, options["size"]), options["resample"])
-        if options["do_center_crop"]:                  # crop fills with black where the picture is too small
+        if options["do_center_crop"]:  # crop fills with black where the picture is too small
             width, height = options["crop_size"]["width"], options["crop_size"]["height"]
             left, top = (image.width - width) // 2, (image.height - height) // 2
             image = image.crop((left, top, left + width, top + height))
-        values = np.asarray(image)                                                               # (H,W,C)
+        values = np.asarray(image)  # (H,W,C)
         if options["do_rescale"]:
             values = values.astype(np.float64) * options["rescale_factor"]
         values = values.astype(np.float32)
@@ -174,12 +208,15 @@ def _resized(image, size):
     edge, short, long = size["shortest_edge"], min(image.size), max(image.size)
     longest = int(edge * long / short)
     if edge * longest > MAX_PIXELS:
-        raise ValueError(f"found a picture of {image.width} x {image.height} pixels, which become {edge} "
-                         f"x {longest} on resizing; allowed: at most {MAX_PIXELS:,} pixels")
+        raise ValueError(
+            f"found a picture of {image.width} x {image.height} pixels, which become {edge} "
+            f"x {longest} on resizing; allowed: at most {MAX_PIXELS:,} pixels"
+        )
     return (edge, longest) if image.width <= image.height else (longest, edge)
 
 
 # ---- options -----------------------------------------------------------------------------------------------
+
 
 def _read_options(folder):
     """(the dict of options, where it stands)."""
@@ -239,10 +276,15 @@ def _size(value, name, where, *, square, edge):
     if _is_number(value):
         value = {"height": value, "width": value} if square else {"shortest_edge": value}
     shapes = [{"height", "width"}] + [{"shortest_edge"}] * edge
-    if (not isinstance(value, dict) or set(value) not in shapes
-            or not all(type(side) is int and 1 <= side <= 8192 for side in value.values())):
-        raise ValueError(f"{where}: {name} is {value!r:.60}; allowed: a number, or an object of height and "
-                         f"width{' or of shortest_edge' * edge}, from 1 to 8192")
+    if (
+        not isinstance(value, dict)
+        or set(value) not in shapes
+        or not all(type(side) is int and 1 <= side <= 8192 for side in value.values())
+    ):
+        raise ValueError(
+            f"{where}: {name} is {value!r:.60}; allowed: a number, or an object of height and "
+            f"width{' or of shortest_edge' * edge}, from 1 to 8192"
+        )
     return dict(value)
 
 

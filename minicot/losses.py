@@ -25,6 +25,7 @@ a group; average outside.
 B groups   K response slots a group   N rows (responses)   T tokens   V vocabulary   i beats j
 Papers (arXiv): DPO 2305.18290, IPO 2310.12036, RRHF 2304.05302, PRO 2306.17492, AFT 2309.02144.
 """
+
 import math
 
 import torch
@@ -35,6 +36,7 @@ CONSTRAINTS = ("none", "detached", "boundary")
 
 # -------------------------------------------------------------------- from logits to scores
 
+
 def token_logps(logits, ids):
     """Log-probability of each token: [:, t] = log p(ids[:, t] | ids[:, :t]); column 0 is 0.
 
@@ -42,8 +44,9 @@ def token_logps(logits, ids):
     The one place where anything is shifted: RRHF's official code shifts the labels in its collator, PRO's
     forgets to shift its mask. log p = logit - logsumexp: no (B, T, V) table of log-probabilities is kept.
     """
-    assert ids.dim() == 2 and logits.shape[:-1] == ids.shape, \
+    assert ids.dim() == 2 and logits.shape[:-1] == ids.shape, (
         f"logits {tuple(logits.shape)}, ids {tuple(ids.shape)}"
+    )
     logits = _wide(logits[:, :-1])
     chosen = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
     return F.pad(chosen, (1, 0))
@@ -61,7 +64,7 @@ def sequence_logps(token_logps, loss_mask, *, reduce):
     _check_mask("loss_mask", loss_mask, token_logps)
     if reduce not in ("sum", "mean"):
         raise ValueError(f"reduce is {reduce!r}; allowed: 'sum', 'mean'")
-    sums = torch.where(loss_mask, _wide(token_logps), 0.0).sum(-1)       # not a product: NaN * 0 is NaN
+    sums = torch.where(loss_mask, _wide(token_logps), 0.0).sum(-1)  # not a product: NaN * 0 is NaN
     if reduce == "sum":
         return sums
     lengths = loss_mask.sum(-1)
@@ -87,6 +90,7 @@ def sft_loss(token_logps, loss_mask, *, n_tokens=None):
 
 # -------------------------------------------------------------------- who beats whom
 
+
 def better_than(rewards, present=None):
     """[b, i, j]: response i has a strictly higher reward than j, both present. (B, K) -> bool (B, K, K).
 
@@ -105,6 +109,7 @@ def better_than(rewards, present=None):
 
 # -------------------------------------------------------------------- losses on groups
 
+
 def rrhf_loss(scores, better, *, constraint="none", margin=None):
     """RRHF's ranking loss (section 3.1), a hinge on every pair.
 
@@ -118,7 +123,7 @@ def rrhf_loss(scores, better, *, constraint="none", margin=None):
     boundary (ours, no paper's):  + sum over j of max(0, B_j - s_j)
     """
     s, loser, bound = _constrain(scores, better, constraint, margin)
-    gaps = loser[:, None, :] - s[:, :, None]                             # [b, i, j] = s_j - s_i
+    gaps = loser[:, None, :] - s[:, :, None]  # [b, i, j] = s_j - s_i
     loss = torch.where(better, gaps.relu(), 0.0).sum((1, 2))
     if bound is not None:
         loss = loss + torch.where(better.any(1), (bound - s).relu(), 0.0).sum(1)
@@ -142,10 +147,10 @@ def aft_loss(scores, better, *, constraint="detached", margin=None):
     code was found; the golden numbers are double loops at 60 digits.
     """
     s, loser, bound = _constrain(scores, better, constraint, margin)
-    terms = loser[:, None, :] - s[:, :, None]                            # [b, i, j] = s_j - s_i
+    terms = loser[:, None, :] - s[:, :, None]  # [b, i, j] = s_j - s_i
     pairs = better
     if bound is not None:
-        mirrored = (2 * bound[:, None, :] - s[:, :, None]).detach() - s[:, None, :]       # T_ij - s_j
+        mirrored = (2 * bound[:, None, :] - s[:, :, None]).detach() - s[:, None, :]  # T_ij - s_j
         terms, pairs = torch.cat([terms, mirrored], 2), torch.cat([pairs, pairs], 2)
     return _log_one_plus_sum_exp(terms.flatten(1), pairs.flatten(1))
 
@@ -169,17 +174,18 @@ def pro_loss(scores, rewards, present=None, *, constraint="none", margin=None):
     better = better_than(rewards, present)
     s, loser, bound = _constrain(scores, better, constraint, margin)
     r = _wide(rewards).detach()
-    T = torch.where(better, r[:, :, None] - r[:, None, :], 0.0)          # [b, k, j] = r_k - r_j
-    own = (T.amax(2) * s)[:, :, None]                                    # T_kk s_k
+    T = torch.where(better, r[:, :, None] - r[:, None, :], 0.0)  # [b, k, j] = r_k - r_j
+    own = (T.amax(2) * s)[:, :, None]  # T_kk s_k
     terms = T * loser[:, None, :] - own
     pairs = better
     if bound is not None:
-        mirrored = torch.where(better, 2 * bound[:, None, :] - s[:, None, :], 0.0)        # 2 B_j - s_j
+        mirrored = torch.where(better, 2 * bound[:, None, :] - s[:, None, :], 0.0)  # 2 B_j - s_j
         terms, pairs = torch.cat([terms, T * mirrored - own], 2), torch.cat([pairs, pairs], 2)
     return _log_one_plus_sum_exp(terms, pairs).sum(1)
 
 
 # -------------------------------------------------------------------- losses with a reference model
+
 
 def dpo_loss(logps, ref_logps, *, beta, label_smoothing=0.0, constraint="none", margin=None):
     """DPO (Eq. 7): logps, ref_logps (B, 2), sums over the response, column 0 chosen, 1 rejected -> (B,).
@@ -191,7 +197,7 @@ def dpo_loss(logps, ref_logps, *, beta, label_smoothing=0.0, constraint="none", 
     (1 - e) l(x_0 - x_1) + e l(x_1 - x_0). It excludes a constraint: smoothed labels have no fixed loser.
     """
     ratios = _log_ratios(logps, ref_logps, beta)
-    x = beta * (ratios - ratios[:, :1].detach())      # only x_1 - x_0 counts; large sums keep their digits
+    x = beta * (ratios - ratios[:, :1].detach())  # only x_1 - x_0 counts; large sums keep their digits
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing is {label_smoothing}; it must lie in [0, 1)")
     if label_smoothing and constraint != "none":
@@ -218,6 +224,7 @@ def ipo_loss(logps, ref_logps, *, beta):
 
 # -------------------------------------------------------------------- shared pieces
 
+
 def _wide(x):
     """At least float32: a bfloat16 sum near -500 is rounded to multiples of 2 nats."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -231,8 +238,9 @@ def _check_mask(name, mask, like):
 
 def _log_ratios(logps, ref_logps, beta):
     """log pi - log pi_ref, (B, 2): subtracted response by response, where large sums lose the least."""
-    assert logps.shape == ref_logps.shape == (len(logps), 2), \
+    assert logps.shape == ref_logps.shape == (len(logps), 2), (
         f"logps {tuple(logps.shape)} and ref_logps {tuple(ref_logps.shape)} must both be (B, 2)"
+    )
     if not 0 < beta < math.inf:
         raise ValueError(f"beta is {beta}; it must be a finite number > 0")
     return _wide(logps) - _wide(ref_logps)
@@ -243,8 +251,9 @@ def _constrain(scores, better, constraint, margin):
 
     B_j = (min over i better than j of s_i) - margin, a constant; +inf where no response is better than j.
     """
-    assert scores.dim() == 2 and better.shape == (*scores.shape, scores.shape[1]), \
+    assert scores.dim() == 2 and better.shape == (*scores.shape, scores.shape[1]), (
         f"scores {tuple(scores.shape)} must be (B, K) and better {tuple(better.shape)} (B, K, K)"
+    )
     _check_mask("better", better, better)
     if constraint not in CONSTRAINTS:
         raise ValueError(f"constraint is {constraint!r}; allowed: 'none', 'detached', 'boundary'")
@@ -253,7 +262,7 @@ def _constrain(scores, better, constraint, margin):
     if constraint == "boundary" and (margin is None or not 0 <= margin < math.inf):
         raise ValueError(f"margin is {margin} with constraint 'boundary'; it needs a finite margin >= 0")
     s = _wide(scores)
-    s = torch.where(s.isfinite(), s, torch.nan)                          # e^(-inf) = 0 would hide the fault
+    s = torch.where(s.isfinite(), s, torch.nan)  # e^(-inf) = 0 would hide the fault
     if constraint == "boundary":
         winners = torch.where(better, s.detach()[:, :, None], torch.inf)
         return s, s, winners.amin(1) - margin

@@ -6,6 +6,7 @@ no rate of nothing.
 
 S seeds   P problems   K responses a problem   k drawn from them
 """
+
 import math
 from collections.abc import Sequence
 
@@ -13,10 +14,11 @@ import numpy as np
 
 from minicot.answers import is_correct, majority_vote
 
-Z95 = 1.959963984540054                                 # 97.5 % quantile of the normal distribution
+Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 # -------------------------------------------------- accuracy and its interval
+
 
 def accuracy(correct: Sequence) -> tuple[float, float, float]:
     """Share of right answers of one model on P problems, with its 95 % interval: (share, low, high).
@@ -29,7 +31,7 @@ def accuracy(correct: Sequence) -> tuple[float, float, float]:
     n, p = len(correct), correct.mean()
     centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2)) / (1 + Z95**2 / n)
-    low = 0.0 if p == 0 else centre - half              # exact there, but for the last bit
+    low = 0.0 if p == 0 else centre - half  # exact there, but for the last bit
     high = 1.0 if p == 1 else centre + half
     return float(p), float(low), float(high)
 
@@ -77,6 +79,7 @@ def verdict(low: float, high: float, *, direction: str | None = None, at_least: 
 
 
 # -------------------------------------------------- K responses a problem
+
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Chance that k of n samples hold a right one, c of the n being right: 1 - C(n-c, k) / C(n, k).
@@ -149,6 +152,7 @@ def rerank_accuracy(scores, correct, present=None) -> float:
 
 # -------------------------------------------------- degeneration
 
+
 def perplexity(token_logps: Sequence[Sequence[float]]) -> float:
     """exp of the mean negative log-probability over all tokens of all responses: a list of logps each."""
     logps = [float(value) for row in token_logps for value in row]
@@ -159,7 +163,7 @@ def perplexity(token_logps: Sequence[Sequence[float]]) -> float:
 
 def repeated_4grams(tokens: Sequence) -> float:
     """Share of a response's 4-grams that occurred before in the same response; 0 if it has none."""
-    grams = [tuple(tokens[i:i + 4]) for i in range(len(tokens) - 3)]
+    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -171,12 +175,15 @@ def degeneration(ids: Sequence[Sequence[int]], answers: Sequence[str | None]) ->
     """
     if len(ids) != len(answers) or not len(ids):
         raise ValueError(f"{len(ids)} responses with {len(answers)} answers; needs one each, at least one")
-    return {"missing_answers": sum(answer is None for answer in answers) / len(answers),
-            "mean_length": sum(map(len, ids)) / len(ids),
-            "repeated_4grams": sum(map(repeated_4grams, ids)) / len(ids)}
+    return {
+        "missing_answers": sum(answer is None for answer in answers) / len(answers),
+        "mean_length": sum(map(len, ids)) / len(ids),
+        "repeated_4grams": sum(map(repeated_4grams, ids)) / len(ids),
+    }
 
 
 # -------------------------------------------------- shared pieces
+
 
 def _zeros_and_ones(name, values):
     values = np.asarray(values, dtype=np.float64)
@@ -205,7 +212,7 @@ def _bootstrap(values, seed, resamples):
     rng = np.random.default_rng(seed)
     S, P = values.shape
     means = []
-    for start in range(0, resamples, 1000):             # a thousand at a time keeps the table of counts small
+    for start in range(0, resamples, 1000):  # a thousand at a time keeps the table of counts small
         r = min(1000, resamples - start)
         rows = rng.multinomial(S, np.full(S, 1 / S), size=r)
         columns = rng.multinomial(P, np.full(P, 1 / P), size=r)

@@ -35,25 +35,25 @@ class Llama3Rope:
 class ModelConfig:
     """What a config.json says, checked and without gaps, in Hugging Face's names (weights.parse_config)."""
 
-    model_type: str                      # "llama", "mistral", "qwen2" or "qwen3"
+    model_type: str  # "llama", "mistral", "qwen2" or "qwen3"
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int             # fewer than num_attention_heads: grouped-query attention
-    head_dim: int                        # hidden_size / num_attention_heads, except in Qwen3 and a few others
-    max_position_embeddings: int         # the context it was trained for; not enforced here
+    num_key_value_heads: int  # fewer than num_attention_heads: grouped-query attention
+    head_dim: int  # hidden_size / num_attention_heads, except in Qwen3 and a few others
+    max_position_embeddings: int  # the context it was trained for; not enforced here
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: Llama3Rope | None = None
-    tie_word_embeddings: bool = False    # the head is the embedding, transposed
-    qkv_bias: bool = False               # q_proj, k_proj, v_proj (Qwen2)
-    o_bias: bool = False                 # o_proj (Llama and Qwen3 with attention_bias)
+    tie_word_embeddings: bool = False  # the head is the embedding, transposed
+    qkv_bias: bool = False  # q_proj, k_proj, v_proj (Qwen2)
+    o_bias: bool = False  # o_proj (Llama and Qwen3 with attention_bias)
     mlp_bias: bool = False
-    qk_norm: bool = False                # RMSNorm on every head's query and key before the rotation (Qwen3)
-    initializer_range: float = 0.02      # standard deviation of random weights
-    bos_token_id: int | None = None      # these three are carried for whoever reads the saved config.json
+    qk_norm: bool = False  # RMSNorm on every head's query and key before the rotation (Qwen3)
+    initializer_range: float = 0.02  # standard deviation of random weights
+    bos_token_id: int | None = None  # these three are carried for whoever reads the saved config.json
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
 
@@ -80,11 +80,11 @@ def rope_frequencies(config: ModelConfig, device=None, dtype=torch.float32) -> t
     `factor`, those below original / high_freq_factor stay, between them are blends, linear in frequency.
     """
     exponents = torch.arange(0, config.head_dim, 2, device=device).to(dtype) / config.head_dim
-    frequencies = 1.0 / config.rope_theta ** exponents
+    frequencies = 1.0 / config.rope_theta**exponents
     stretch = config.rope_scaling
     if stretch is None:
         return frequencies
-    turns = stretch.original_max_position_embeddings * frequencies / (2 * torch.pi)     # in the old context
+    turns = stretch.original_max_position_embeddings * frequencies / (2 * torch.pi)  # in the old context
     keep = (turns - stretch.low_freq_factor) / (stretch.high_freq_factor - stretch.low_freq_factor)
     keep = keep.clamp(0, 1)
     return keep * frequencies + (1 - keep) * frequencies / stretch.factor
@@ -118,14 +118,14 @@ class KVCache:
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.empty_like(keys) for keys in self.keys]
         self.real = torch.ones(rows, max_length, dtype=torch.bool, device=device)
-        self.padded = False                 # whether any position held is padding; if none is, no mask needed
+        self.padded = False  # whether any position held is padding; if none is, no mask needed
         self.length = 0
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor):
         """Write k and v (N,K,T,D) of one layer behind what is there; returns all S, as views (N,K,S,D)."""
         end = self.length + k.shape[2]
-        self.keys[layer][:, :, self.length:end] = k
-        self.values[layer][:, :, self.length:end] = v
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask) -> torch.Tensor:
@@ -137,14 +137,14 @@ class KVCache:
         end, (held, room) = self.length + T, self.real.shape
         assert rows == held and end <= room, f"cache of {held} rows x {room} got {rows} rows x {end}"
         if pad_mask is not None:
-            self.real[:, self.length:end] = pad_mask
+            self.real[:, self.length : end] = pad_mask
             self.padded = self.padded or not pad_mask.all()
         return self.real[:, :end] if self.padded else None
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep, reorder or repeat rows: row i becomes old row rows[i]; `rows` are indices or a bool mask."""
         self.real = self.real[rows]
-        for layer in range(len(self.keys)):         # one at a time, so that only one layer is held twice
+        for layer in range(len(self.keys)):  # one at a time, so that only one layer is held twice
             self.keys[layer], self.values[layer] = self.keys[layer][rows], self.values[layer][rows]
 
 
@@ -164,7 +164,7 @@ def attention_mask(attention, real: torch.Tensor | None, T: int, S: int, device)
         if real is None and T in (1, S):
             return None
         if T == S and bool((real[:, 1:] <= real[:, :-1]).all()):
-            return None                     # padding on the right only: causality hides it already
+            return None  # padding on the right only: causality hides it already
         attention = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
     mask = attention if real is None else attention & real[:, None, None, :]
     return mask | ~mask.any(dim=-1, keepdim=True)
@@ -174,6 +174,7 @@ def attention_mask(attention, real: torch.Tensor | None, T: int, S: int, device)
 def flex_attention(compiled: bool):
     """PyTorch's FlexAttention; compiled, it is a fused kernel, else a slow check of the mask (CPU)."""
     from torch.nn.attention import flex_attention as module
+
     return torch.compile(module.flex_attention, dynamic=True) if compiled else module.flex_attention
 
 
@@ -189,10 +190,10 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask) -> torch.Ten
         return mask(q, k, v)
     if mask is not None and not isinstance(mask, torch.Tensor):
         return flex_attention(q.is_cuda)(q, k, v, block_mask=mask, enable_gqa=H != K)
-    if T == 1:      # decoding: the G heads that share a kv head stand in as G queries, so no key is copied
+    if T == 1:  # decoding: the G heads that share a kv head stand in as G queries, so no key is copied
         q = q.reshape(N, K, H // K, D)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(N, H, T, D)
-    if H != K:      # not enable_gqa: with a mask, or in float32, CUDA then has no fused kernel
+    if H != K:  # not enable_gqa: with a mask, or in float32, CUDA then has no fused kernel
         k, v = (x[:, :, None].expand(N, K, H // K, S, D).reshape(N, H, S, D) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
@@ -261,12 +262,16 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         device = torch.get_default_device()
-        with torch.device("meta"):          # so that nn.Linear draws nothing from the global generator
-            self.model = nn.ModuleDict({
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers)),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            })
+        with torch.device("meta"):  # so that nn.Linear draws nothing from the global generator
+            self.model = nn.ModuleDict(
+                {
+                    "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                    "layers": nn.ModuleList(
+                        Block(config, layer) for layer in range(config.num_hidden_layers)
+                    ),
+                    "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+                }
+            )
             tied, shape = config.tie_word_embeddings, (config.hidden_size, config.vocab_size)
             self.lm_head = None if tied else nn.Linear(*shape, bias=False)
         if device.type != "meta":

@@ -61,9 +61,9 @@ class DecodeCache:
         self.own = make(slots * n, new_room + (prompt_room if n == 1 else 0))
         for cache in (self.own, self.prompts) if n > 1 else (self.own,):
             for buffer in (*cache.keys, *cache.values):
-                buffer.zero_()                                  # masked, but 0 * NaN would not be 0
+                buffer.zero_()  # masked, but 0 * NaN would not be 0
         self.prompt_length = torch.zeros(slots, dtype=torch.long, device=device)
-        self.held = torch.zeros(slots * n, dtype=torch.long, device=device)     # positions of own in use
+        self.held = torch.zeros(slots * n, dtype=torch.long, device=device)  # positions of own in use
 
     def admit(self, slots, prefill, lengths):
         """Put prefilled prompts (right-padded rows of a KVCache) into slots."""
@@ -88,7 +88,7 @@ class DecodeCache:
         before = self.prompt_length.repeat_interleave(self.n) if self.prompts else 0
         self.rows, self.at = torch.arange(len(self.held), device=self.held.device), self.held.clone()
         self.end = int(self.held.max()) + 1
-        self.own_seen = torch.arange(self.end, device=self.held.device) <= self.at[:, None]       # (R,S)
+        self.own_seen = torch.arange(self.end, device=self.held.device) <= self.at[:, None]  # (R,S)
         if self.prompts:
             P = int(self.prompt_length.max())
             self.prompt_seen = torch.arange(P, device=self.held.device) < self.prompt_length[:, None]
@@ -106,13 +106,13 @@ class DecodeCache:
         keys, values = self.own.keys[layer][:, :, :S], self.own.values[layer][:, :, :S]
         if not self.prompts:
             return attend(q, keys, values, self.own_seen[:, None, None])
-        G, q, never = H // K, q.view(R, K, H // K, D) * D ** -0.5, -torch.inf
-        to_own = (q @ keys.transpose(2, 3)).masked_fill(~self.own_seen[:, None, None], never)      # (R,K,G,S)
+        G, q, never = H // K, q.view(R, K, H // K, D) * D**-0.5, -torch.inf
+        to_own = (q @ keys.transpose(2, 3)).masked_fill(~self.own_seen[:, None, None], never)  # (R,K,G,S)
         B, P = self.prompt_seen.shape
         of_slots = lambda x: x.view(B, self.n, K, G, -1).transpose(1, 2).reshape(B, K, self.n * G, -1)
         of_rows = lambda x: x.view(B, K, self.n, G, -1).transpose(1, 2).reshape(R, K, G, -1)
         keys = self.prompts.keys[layer][:, :, :P]
-        to_prompt = of_slots(q) @ keys.transpose(2, 3)                                            # (B,K,nG,P)
+        to_prompt = of_slots(q) @ keys.transpose(2, 3)  # (B,K,nG,P)
         to_prompt = of_rows(to_prompt.masked_fill(~self.prompt_seen[:, None, None], never))
         weights = torch.cat([to_prompt, to_own], -1).softmax(-1)
         from_prompt = of_rows(of_slots(weights[..., :P]) @ self.prompts.values[layer][:, :, :P])
@@ -120,8 +120,20 @@ class DecodeCache:
 
 
 @torch.no_grad()
-def generate(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids, seed,
-             images=None, max_rows=0):
+def generate(
+    model,
+    prompts,
+    *,
+    n=1,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    stop_ids,
+    seed,
+    images=None,
+    max_rows=0,
+):
     """Sample n continuations of each prompt (lists of token ids).
 
     Returns [prompt][sample] -> new ids, the stop id included where one came. temperature 0 is greedy. seed: a
@@ -162,7 +174,7 @@ def generate(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_k=0, t
         """Choose the next token of these rows, note it, and note who is done."""
         at = [len(responses[owner[r // n]][r % n]) for r in rows]
         if 0 <= placeholder < logits.shape[-1]:
-            logits[:, placeholder] = -torch.inf                     # no model draws a picture
+            logits[:, placeholder] = -torch.inf  # no model draws a picture
         drawn = torch.from_numpy(uniforms[rows, at]).to(device) if temperature else None
         chosen = choose(logits, drawn, temperature, top_k, top_p).cpu()
         tokens[rows] = chosen
@@ -177,12 +189,19 @@ def generate(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_k=0, t
             new = [waiting.pop() for _ in range(min(len(free), len(waiting)))]
             for slot, b in zip(free, new):
                 owner[slot] = b
-                uniforms[slot * n:slot * n + n] = [np.random.default_rng([seeds[b], j]).random(max_new_tokens)
-                                                   for j in range(n)]
-            logits = prefill(model, cache, free[:len(new)], [prompts[b] for b in new],
-                             [images[b] if images else [] for b in new])
-            advance([slot * n + j for slot in free[:len(new)] for j in range(n)],
-                    logits.repeat_interleave(n, 0))
+                uniforms[slot * n : slot * n + n] = [
+                    np.random.default_rng([seeds[b], j]).random(max_new_tokens) for j in range(n)
+                ]
+            logits = prefill(
+                model,
+                cache,
+                free[: len(new)],
+                [prompts[b] for b in new],
+                [images[b] if images else [] for b in new],
+            )
+            advance(
+                [slot * n + j for slot in free[: len(new)] for j in range(n)], logits.repeat_interleave(n, 0)
+            )
             continue
         if not busy.any():
             return responses
@@ -242,7 +261,7 @@ def sample_groups(
     without responses, its `error` saying why.
 
     reward(problem, text) -> float, where given, sets the responses' reward; else it is their correctness."""
-    window = 8 * max(1, batch_size // n)                            # results come a window at a time
+    window = 8 * max(1, batch_size // n)  # results come a window at a time
     context, all_prompts = model.config.max_position_embeddings, []
     for problem in problems:
         prompt = tokenizer.encode(prompt_text(tokenizer, problem, mode))
@@ -264,20 +283,24 @@ def sample_groups(
                 images[i] = reader.pixels(problems[i].images) if reader else []
             except (ValueError, OSError) as error:
                 found[i] = Samples(problems[i], [], error=str(error))
-        order = sorted(images, key=lambda i: len(all_prompts[i]))   # like lengths are prefilled together
-        drawn = generate(
-            model,
-            [all_prompts[i] for i in order],
-            n=n,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            stop_ids=tokenizer.stop_ids,
-            seed=[seed_of(seed, problems[i].id) for i in order],
-            images=[images[i] for i in order],
-            max_rows=batch_size,
-        ) if order else []  # fmt: skip
+        order = sorted(images, key=lambda i: len(all_prompts[i]))  # like lengths are prefilled together
+        drawn = (
+            generate(
+                model,
+                [all_prompts[i] for i in order],
+                n=n,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                stop_ids=tokenizer.stop_ids,
+                seed=[seed_of(seed, problems[i].id) for i in order],
+                images=[images[i] for i in order],
+                max_rows=batch_size,
+            )
+            if order
+            else []
+        )
         for i, responses in zip(order, drawn):
             graded = [respond(tokenizer, problems[i], ids, mode, style, reward) for ids in responses]
             found[i] = Samples(problems[i], graded)

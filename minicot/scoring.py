@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from minicot.losses import token_logps
 from minicot.model import attend
 
-CHUNK = 2**26   # logits held at once: 256 MiB in float32
+CHUNK = 2**26  # logits held at once: 256 MiB in float32
 
 
 def score_plain(model, batch):
@@ -45,7 +45,7 @@ def score(model, batch):
     True, else 0. Equals `score_plain` there, gradients included."""
     packed = pack(batch)
     attention = packed.block_mask() if batch.ids.is_cuda else TwoParts(packed)
-    embeds = model.embed(packed.ids, batch.images)       # a group's pictures stand in its prompt: once
+    embeds = model.embed(packed.ids, batch.images)  # a group's pictures stand in its prompt: once
     hidden = model.hidden_states(embeds, positions=packed.positions, attention=attention)
     logps = chunked_logps(model.head, hidden[0, packed.before], batch.ids[batch.loss_mask])
     return logps.new_zeros(batch.ids.shape).masked_scatter(batch.loss_mask, logps)
@@ -54,31 +54,35 @@ def score(model, batch):
 def chunked_logps(head, hidden, ids):
     """log p(ids[m]) under head(hidden[m]), (M,E) and (M,) -> (M,), holding at most CHUNK logits: a chunk's
     are computed again in backward. Plain twin: token_logps(head(hidden), ...)."""
+
     def logps(hidden, ids):
         logits = head(hidden)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        return -F.cross_entropy(logits, ids, reduction="none")   # fewer passes over the logits than by hand
+        return -F.cross_entropy(logits, ids, reduction="none")  # fewer passes over the logits than by hand
 
     rows = max(1, CHUNK // head(hidden[:1]).shape[-1])
     if len(ids) <= rows:
         return logps(hidden, ids)
-    return torch.cat([checkpoint(logps, *part, use_reentrant=False)
-                      for part in zip(hidden.split(rows), ids.split(rows))])
+    return torch.cat(
+        [checkpoint(logps, *part, use_reentrant=False) for part in zip(hidden.split(rows), ids.split(rows))]
+    )
 
 
 # ---- packing -------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Packed:
     """B groups as one row of L tokens: each group's shared prompt, then what is left of each of its rows."""
-    ids: torch.Tensor            # (1,L)
-    positions: torch.Tensor      # (1,L) within a row's own text
-    group: torch.Tensor          # (L,) which group a token belongs to
-    row: torch.Tensor            # (L,) which row; -1 = the prompt that the group's rows share
-    before: torch.Tensor         # (M,) where the token before each scored one stands, in loss_mask's order
-    prompt_at: torch.Tensor      # (B,P) where each group's prompt stands, -1 behind its end
-    row_at: torch.Tensor         # (N,R) where the rest of each row stands, -1 behind its end
-    group_of: torch.Tensor       # (N,) the group of each row
+
+    ids: torch.Tensor  # (1,L)
+    positions: torch.Tensor  # (1,L) within a row's own text
+    group: torch.Tensor  # (L,) which group a token belongs to
+    row: torch.Tensor  # (L,) which row; -1 = the prompt that the group's rows share
+    before: torch.Tensor  # (M,) where the token before each scored one stands, in loss_mask's order
+    prompt_at: torch.Tensor  # (B,P) where each group's prompt stands, -1 behind its end
+    row_at: torch.Tensor  # (N,R) where the rest of each row stands, -1 behind its end
+    group_of: torch.Tensor  # (N,) the group of each row
 
     def visible(self):
         """The one mask function: may token q look at token k? Where k is not later, of q's group, and in the
@@ -87,6 +91,7 @@ class Packed:
 
         def visible(_batch, _head, q, k):
             return (k <= q) & (group[k] == group[q]) & ((row[k] == -1) | (row[k] == row[q]))
+
         return visible
 
     def block_mask(self):
@@ -105,8 +110,9 @@ def pack(batch):
     a group of one row shares nothing. Padding, on either side, is left out. (A group's rows have the same
     prompt, pictures included; were they to differ before a picture, embed would count too few of them.)"""
     texts = [ids[real].tolist() for ids, real in zip(batch.ids.cpu(), batch.pad_mask.cpu())]
-    scored = [mask[real].nonzero()[:, 0].tolist()
-              for mask, real in zip(batch.loss_mask.cpu(), batch.pad_mask.cpu())]
+    scored = [
+        mask[real].nonzero()[:, 0].tolist() for mask, real in zip(batch.loss_mask.cpu(), batch.pad_mask.cpu())
+    ]
     ids, positions, group, row, prompts, rows, before = [], [], [], [], [], {}, {}
 
     def put(text, first, b, n):
@@ -128,9 +134,16 @@ def pack(batch):
             before[n] = [where[t - 1] for t in scored[n]]
     in_order = range(len(texts))
     tensor = lambda values: torch.tensor(values, dtype=torch.long, device=batch.ids.device)
-    return Packed(tensor([ids]), tensor([positions]), tensor(group), tensor(row),
-                  tensor([at for n in in_order for at in before[n]]),
-                  tensor(rectangle(prompts)), tensor(rectangle([rows[n] for n in in_order])), batch.group)
+    return Packed(
+        tensor([ids]),
+        tensor([positions]),
+        tensor(group),
+        tensor(row),
+        tensor([at for n in in_order for at in before[n]]),
+        tensor(rectangle(prompts)),
+        tensor(rectangle([rows[n] for n in in_order])),
+        batch.group,
+    )
 
 
 def common_beginning(texts, limit):
@@ -157,16 +170,16 @@ class TwoParts:
         (_, P), (_, R) = self.prompt_at.shape, self.row_at.shape
         self.key_at = torch.cat([self.prompt_at[packed.group_of], self.row_at], 1)
         causal = self.row_at.new_ones(R, P + R).bool().tril(P)
-        self.mask = (self.key_at >= 0)[:, None, None] & causal if P else None   # without prompts: causal
+        self.mask = (self.key_at >= 0)[:, None, None] & causal if P else None  # without prompts: causal
         at = torch.cat([self.prompt_at.flatten(), self.row_at.flatten()])
-        self.back = torch.empty_like(packed.row)                 # where the two parts' result of a token is
+        self.back = torch.empty_like(packed.row)  # where the two parts' result of a token is
         self.back[at[at >= 0]] = (at >= 0).nonzero()[:, 0]
 
     def __call__(self, q, k, v):
         parts = [attend(take(q, self.row_at), take(k, self.key_at), take(v, self.key_at), self.mask)]
         if self.mask is not None:
             parts.insert(0, attend(*(take(x, self.prompt_at) for x in (q, k, v)), None))
-        flat = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])          # (BP + NR,H,D)
+        flat = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])  # (BP + NR,H,D)
         return flat.index_select(0, self.back).transpose(0, 1)[None]
 
 

@@ -15,8 +15,17 @@ from jinja2 import TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
-         "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
 
@@ -42,7 +51,7 @@ class Tokenizer:
             raise ValueError(f"{self.folder / 'tokenizer.json'}: no readable tokenizer ({reason})") from None
         self.backend.no_padding()
         self.backend.no_truncation()
-        self.backend.post_processor = None      # adds special tokens, which we never do, and trims offsets
+        self.backend.post_processor = None  # adds special tokens, which we never do, and trims offsets
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
         config = self._json("tokenizer_config.json")
@@ -89,8 +98,13 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError(f"{self.folder}: no chat_template.jinja, none in tokenizer_config.json either")
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt,
-                                         tools=None, documents=None, **self.special)
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self.special,
+            )
         except Exception as error:  # noqa: BLE001 - a template may raise anything
             raise ValueError(f"{self.folder}: chat template: {' '.join(str(error).split())}") from None
 
@@ -135,16 +149,20 @@ class Tokenizer:
         token = config[name]
         content = token.get("content") if isinstance(token, dict) else token
         if not isinstance(content, str):
-            raise ValueError(f"{self.folder / 'tokenizer_config.json'}: {name} {token!r} is neither a string "
-                             "nor an object with a content")
+            raise ValueError(
+                f"{self.folder / 'tokenizer_config.json'}: {name} {token!r} is neither a string "
+                "nor an object with a content"
+            )
         return content
 
     def _token_id(self, name: str) -> int | None:
         if name not in self.special:
             return None
         if (token_id := self.backend.token_to_id(self.special[name])) is None:
-            raise ValueError(f"{self.folder / 'tokenizer_config.json'}: {name} {self.special[name]!r} is not "
-                             "in the vocabulary of tokenizer.json")
+            raise ValueError(
+                f"{self.folder / 'tokenizer_config.json'}: {name} {self.special[name]!r} is not "
+                "in the vocabulary of tokenizer.json"
+            )
         return token_id
 
     def _ids(self, config: dict, name: str) -> list[int]:
@@ -153,8 +171,10 @@ class Tokenizer:
         ids = [] if value is None else value if isinstance(value, list) else [value]
         for i in ids:
             if type(i) is not int or not 0 <= i < self.vocab_size:
-                raise ValueError(f"{self.folder / 'generation_config.json'}: {name} {i!r} is not an id below "
-                                 f"{self.vocab_size}")
+                raise ValueError(
+                    f"{self.folder / 'generation_config.json'}: {name} {i!r} is not an id below "
+                    f"{self.vocab_size}"
+                )
         return ids
 
     def _read_template(self, config: dict) -> str | None:
@@ -188,7 +208,7 @@ def environment() -> ImmutableSandboxedEnvironment:
     def raise_exception(message):
         raise TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, **options):       # jinja's own escapes HTML
+    def tojson(value, ensure_ascii=False, **options):  # jinja's own escapes HTML
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     extensions = [Generation, loopcontrols]

@@ -64,8 +64,11 @@ def lr_at(step, total, peak, warmup):
 def train_only(model, part):
     """Freeze what is not trained: "projector", "language" (the language model) or "all"."""
     for name, parameter in model.named_parameters():
-        inside = {"projector": name.startswith("multi_modal_projector."), "all": True,
-                  "language": not name.startswith(("multi_modal_projector.", "vision_tower."))}[part]
+        inside = {
+            "projector": name.startswith("multi_modal_projector."),
+            "all": True,
+            "language": not name.startswith(("multi_modal_projector.", "vision_tower.")),
+        }[part]
         parameter.requires_grad_(parameter.requires_grad and inside)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"--train is {part!r}, which this model does not have; allowed: language, all")
@@ -160,11 +163,13 @@ def open_run(config, data_digest, inputs=()):
         before = read_json(out / "settings.json")
         changed = sorted(name for name in settings if settings[name] != before.get(name))
         if changed:
-            raise ValueError(f"--resume: {changed[0]} is {settings[changed[0]]!r}, the run in {out} has "
-                             f"{before.get(changed[0])!r}; allowed: the same settings and data")
+            raise ValueError(
+                f"--resume: {changed[0]} is {settings[changed[0]]!r}, the run in {out} has "
+                f"{before.get(changed[0])!r}; allowed: the same settings and data"
+            )
         return out
     if out.is_dir() and any(out.iterdir()):
-        old = Path(f"{out}.old")                      # of a run that failed, keep what stood there before it
+        old = Path(f"{out}.old")  # of a run that failed, keep what stood there before it
         shutil.rmtree(out) if old.exists() else os.replace(out, old)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "settings.json", settings)
@@ -200,8 +205,11 @@ def checkpoints(out):
 def save_checkpoint(out, step, model, optimizer):
     """out/checkpoint-<step>/, written beside and renamed when whole; then older checkpoints go."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    state = {f"{names[parameter]}.{key}": value if value.ndim else value.reshape(1)
-             for parameter, values in optimizer.state.items() for key, value in values.items()}
+    state = {
+        f"{names[parameter]}.{key}": value if value.ndim else value.reshape(1)
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
     part, final = out / f"checkpoint-{step}.part", out / f"checkpoint-{step}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -247,8 +255,10 @@ def read_exactly(path, shapes):
         raise ValueError(f"{path}: holds other tensors than the model, e.g. {other[0]}")
     for name, tensor in tensors.items():
         if tensor.shape != torch.Size(shapes[name]) or not tensor.isfinite().all():
-            raise ValueError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, expected finite values "
-                             f"of shape {tuple(shapes[name])}")
+            raise ValueError(
+                f"{path}: tensor {name} has shape {tuple(tensor.shape)}, expected finite values "
+                f"of shape {tuple(shapes[name])}"
+            )
     return tensors
 
 

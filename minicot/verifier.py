@@ -21,15 +21,22 @@ from minicot.losses import sequence_logps
 from minicot.scoring import score
 
 # weight of a vote from beta * r, shifted by the question's largest (which no argmax of sums sees)
-WEIGHTS = {"exp": lambda x, largest: math.exp(x - largest), "sigmoid": lambda x, _: 1 / (1 + math.exp(-x)),
-           "raw": lambda x, _: x}
+WEIGHTS = {
+    "exp": lambda x, largest: math.exp(x - largest),
+    "sigmoid": lambda x, _: 1 / (1 + math.exp(-x)),
+    "raw": lambda x, _: x,
+}
 
 
 @torch.no_grad()
 def token_log_ratios(model, ref, tokenizer, samples, *, mode, reader=None):
     """One question's Samples -> for each response (its scored ids, log pi - log pi_ref of each of them)."""
-    rows = [encode_row(tokenizer, samples.problem, response.text, mode=mode, finish=response.finish,
-                       ids=response.ids) for response in samples.responses]
+    rows = [
+        encode_row(
+            tokenizer, samples.problem, response.text, mode=mode, finish=response.finish, ids=response.ids
+        )
+        for response in samples.responses
+    ]
     batch = collate([rows], tokenizer.pad_id, reader).to(next(model.parameters()).device)
     ratios = score(model, batch) - score(ref, batch)
     return [(batch.ids[n][mask].tolist(), ratios[n][mask].tolist()) for n, mask in enumerate(batch.loss_mask)]
@@ -40,17 +47,33 @@ def log_ratio_scores(model, ref, tokenizer, groups, *, name, mode, words=0, read
     """Yield the Samples with scores[name] = sum over the response of log pi(y|x) - log pi_ref(y|x); with
     `words` over its first words alone, as DPO sees it where it is trained on truncate_words."""
     for start in range(0, len(groups), batch_size):
-        part = groups[start:start + batch_size]
+        part = groups[start : start + batch_size]
         seen = truncate_words(part, words) if words else part
-        rows = [[encode_row(tokenizer, samples.problem, response.text, mode=mode, finish=response.finish,
-                            ids=response.ids) for response in samples.responses] for samples in seen]
+        rows = [
+            [
+                encode_row(
+                    tokenizer,
+                    samples.problem,
+                    response.text,
+                    mode=mode,
+                    finish=response.finish,
+                    ids=response.ids,
+                )
+                for response in samples.responses
+            ]
+            for samples in seen
+        ]
         batch = collate(rows, tokenizer.pad_id, reader).to(next(model.parameters()).device)
         ratios = score(model, batch) - score(ref, batch)
         values = iter(sequence_logps(ratios, batch.loss_mask, reduce="sum").tolist())
         for samples in part:
-            yield replace(samples, responses=[
-                replace(response, scores={**(response.scores or {}), name: next(values)})
-                for response in samples.responses])
+            yield replace(
+                samples,
+                responses=[
+                    replace(response, scores={**(response.scores or {}), name: next(values)})
+                    for response in samples.responses
+                ],
+            )
 
 
 def best_of_n(answers, scores):
@@ -80,20 +103,29 @@ def curves(groups, name, *, beta=0.1, sizes=(1, 2, 4, 8, 16, 32)):
     The K responses are cut into K // n blocks of n, over which a problem's share is the mean: the same
     samples for every n and every way of choosing."""
     vote = partial(weighted_vote, beta=beta)
-    ways = {"majority": lambda a, s: majority_vote(a), "best": best_of_n, "vote": vote,
-            "sigmoid vote": partial(vote, weight="sigmoid"), "raw vote": partial(vote, weight="raw")}
+    ways = {
+        "majority": lambda a, s: majority_vote(a),
+        "best": best_of_n,
+        "vote": vote,
+        "sigmoid vote": partial(vote, weight="sigmoid"),
+        "raw vote": partial(vote, weight="raw"),
+    }
     found = {}
     for n in sizes:
         found[n] = {way: [] for way in (*ways, "pass")}
         for samples in groups:
             if len(samples.responses) < n:
-                raise ValueError(f"problem {samples.problem.id!r} has {len(samples.responses)} responses; "
-                                 f"allowed: at least {n}")
+                raise ValueError(
+                    f"problem {samples.problem.id!r} has {len(samples.responses)} responses; "
+                    f"allowed: at least {n}"
+                )
             gold, blocks = samples.problem.answer, len(samples.responses) // n
-            cut = [samples.responses[n * b:n * (b + 1)] for b in range(blocks)]
+            cut = [samples.responses[n * b : n * (b + 1)] for b in range(blocks)]
             for way, choose in ways.items():
-                right = [is_correct(choose([r.answer for r in block], [r.scores[name] for r in block]), gold)
-                         for block in cut]
+                right = [
+                    is_correct(choose([r.answer for r in block], [r.scores[name] for r in block]), gold)
+                    for block in cut
+                ]
                 found[n][way].append(sum(right) / blocks)
             found[n]["pass"].append(sum(any(r.correct for r in block) for block in cut) / blocks)
     return found

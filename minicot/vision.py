@@ -22,9 +22,9 @@ from torch import nn
 from minicot.model import ModelConfig, Transformer
 
 ACTIVATIONS = {
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),               # OpenAI's CLIP
-    "gelu": F.gelu,                                                     # open_clip's CLIPs; the projector
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),       # SigLIP
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # OpenAI's CLIP
+    "gelu": F.gelu,  # open_clip's CLIPs; the projector
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),  # SigLIP
 }
 
 
@@ -32,18 +32,18 @@ ACTIVATIONS = {
 class VisionConfig:
     """A vision_config, checked and without gaps, in Hugging Face's names (weights.parse_vision)."""
 
-    model_type: str                      # "clip_vision_model" or "siglip_vision_model"
+    model_type: str  # "clip_vision_model" or "siglip_vision_model"
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    image_size: int                      # height and width of every picture, in pixels
-    patch_size: int                      # pixels that no whole patch covers, right and below, are not seen
+    image_size: int  # height and width of every picture, in pixels
+    patch_size: int  # pixels that no whole patch covers, right and below, are not seen
     num_channels: int
-    hidden_act: str                      # of ACTIVATIONS
+    hidden_act: str  # of ACTIVATIONS
     layer_norm_eps: float
-    vision_use_head: bool = False        # SigLIP: whether the folder also holds the pooling head's weights
-    initializer_range: float = 0.02      # standard deviation of random weights: the patch embedding's
+    vision_use_head: bool = False  # SigLIP: whether the folder also holds the pooling head's weights
+    initializer_range: float = 0.02  # standard deviation of random weights: the patch embedding's
     # and the position embedding's: 0.02 in Hugging Face's CLIP. A small tower that starts from nothing learns
     # far sooner where positions are visible from the first step; 0.5 did well, 0.02 was slow.
     position_initializer_range: float = 0.02
@@ -64,9 +64,9 @@ class VisionLanguageConfig:
 
     text: ModelConfig
     vision: VisionConfig
-    image_token_id: int                  # the placeholder; it need not be in the vocabulary
-    vision_feature_layer: int = -2       # 0 is what enters the tower's first layer, -1 what leaves the last
-    vision_feature_select_strategy: str = "default"     # "default" drops the first position, "full" does not
+    image_token_id: int  # the placeholder; it need not be in the vocabulary
+    vision_feature_layer: int = -2  # 0 is what enters the tower's first layer, -1 what leaves the last
+    vision_feature_select_strategy: str = "default"  # "default" drops the first position, "full" does not
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
 
@@ -87,7 +87,7 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.num_positions, E)
 
     def forward(self, pixels):
-        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)         # row by row, top left first
+        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # row by row, top left first
         if self.class_embedding is not None:
             x = torch.cat((self.class_embedding.expand(len(x), 1, -1), x), dim=1)
         return x + self.position_embedding.weight
@@ -102,8 +102,10 @@ class VisionAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(E, E) for _ in range(4))
 
     def forward(self, x):
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         # not model.attend: without a mask it is causal, and with one CUDA has no flash kernel
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -159,24 +161,31 @@ class VisionEncoder(nn.Module):
         self.config = config
         norm = lambda: nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         layers = nn.ModuleList(VisionBlock(config) for _ in range(config.num_hidden_layers))
-        self.vision_model = nn.ModuleDict({
-            "embeddings": VisionEmbeddings(config),
-            "pre_layrnorm": norm() if config.class_token else nn.Identity(),
-            "encoder": nn.ModuleDict({"layers": layers}),
-            "post_layernorm": norm(),           # this and the head serve the pooled vector, which LLaVA skips
-            "head": PoolingHead(config) if config.vision_use_head else nn.Identity(),
-        })
+        self.vision_model = nn.ModuleDict(
+            {
+                "embeddings": VisionEmbeddings(config),
+                "pre_layrnorm": norm() if config.class_token else nn.Identity(),
+                "encoder": nn.ModuleDict({"layers": layers}),
+                "post_layernorm": norm(),  # this and the head serve the pooled vector, which LLaVA skips
+                "head": PoolingHead(config) if config.vision_use_head else nn.Identity(),
+            }
+        )
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """CLIP's scheme in Hugging Face's code, here for SigLIP's tower as well: normal with deviations that
         shrink as 1 / sqrt(E) and, where a layer reads its input, 1 / sqrt(2 layers); biases 0, norms 1."""
-        config, width = self.config, self.config.hidden_size ** -0.5
+        config, width = self.config, self.config.hidden_size**-0.5
         inner = width * (2 * config.num_hidden_layers) ** -0.5
-        deviations = {"patch_embedding.weight": config.initializer_range,
-                      "position_embedding.weight": config.position_initializer_range,
-                      "q_proj.weight": inner, "k_proj.weight": inner, "v_proj.weight": inner,
-                      "fc1.weight": width * 2 ** -0.5, "fc2.weight": inner}
+        deviations = {
+            "patch_embedding.weight": config.initializer_range,
+            "position_embedding.weight": config.position_initializer_range,
+            "q_proj.weight": inner,
+            "k_proj.weight": inner,
+            "v_proj.weight": inner,
+            "fc1.weight": width * 2**-0.5,
+            "fc2.weight": inner,
+        }
         for name, parameter in self.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -198,7 +207,7 @@ class VisionEncoder(nn.Module):
     def layers_before(self, layer: int) -> nn.ModuleList:
         """The layers that hidden state number `layer` needs."""
         layers = self.vision_model.encoder.layers
-        return layers[:range(len(layers) + 1)[layer]]
+        return layers[: range(len(layers) + 1)[layer]]
 
 
 class Projector(nn.Module):
@@ -231,21 +240,25 @@ class VisionLanguageModel(nn.Module):
     `generator`, the language model's first; `language_model`, where given, is taken as it is.
     """
 
-    def __init__(self, config: VisionLanguageConfig, generator: torch.Generator | None = None,
-                 language_model: Transformer | None = None):
+    def __init__(
+        self,
+        config: VisionLanguageConfig,
+        generator: torch.Generator | None = None,
+        language_model: Transformer | None = None,
+    ):
         super().__init__()
         self.config, self.vlm_config = config.text, config
         device = torch.get_default_device()
         self.language_model = language_model or Transformer(config.text, generator)
-        with torch.device("meta"):          # so that nothing is drawn from the global generator
+        with torch.device("meta"):  # so that nothing is drawn from the global generator
             self.vision_tower = VisionEncoder(config.vision)
             self.multi_modal_projector = Projector(config)
         if device.type != "meta":
             for part in (self.vision_tower, self.multi_modal_projector):
                 part.to_empty(device=device).reset_parameters(generator)
         used = self.vision_tower.layers_before(config.vision_feature_layer)
-        parts = self.vision_tower.vision_model          # what no feature depends on rides along, untrained
-        for part in (*parts.encoder.layers[len(used):], parts.post_layernorm, parts.head):
+        parts = self.vision_tower.vision_model  # what no feature depends on rides along, untrained
+        for part in (*parts.encoder.layers[len(used) :], parts.post_layernorm, parts.head):
             part.requires_grad_(False)
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -268,23 +281,29 @@ class VisionLanguageModel(nn.Module):
             images = embeds.new_empty(0, n, embeds.shape[-1])
         features = self.encode_images(images) if images.dim() == 4 else images
         assert features.shape[1:] == (n, embeds.shape[-1]), (
-            f"features {tuple(features.shape)}; this model's are (I, {n}, {embeds.shape[-1]})")
-        at = holes.flatten().nonzero()[:, 0]            # places in ids, counted row by row
+            f"features {tuple(features.shape)}; this model's are (I, {n}, {embeds.shape[-1]})"
+        )
+        at = holes.flatten().nonzero()[:, 0]  # places in ids, counted row by row
         if len(at) != len(features) * n:
-            raise ValueError(f"ids hold {len(at)} image placeholders (id {token}), but {len(features)} "
-                             f"images need {len(features) * n}, {n} each")
+            raise ValueError(
+                f"ids hold {len(at)} image placeholders (id {token}), but {len(features)} "
+                f"images need {len(features) * n}, {n} each"
+            )
         first, last = at.view(-1, n)[:, 0], at.view(-1, n)[:, -1]
         broken = (last - first != n - 1) | (last // T != first // T)
         if broken.any():
-            raise ValueError(f"the placeholders (id {token}) of image {broken.int().argmax().item()} do not "
-                             f"stand next to each other, {n} in one row of ids")
+            raise ValueError(
+                f"the placeholders (id {token}) of image {broken.int().argmax().item()} do not "
+                f"stand next to each other, {n} in one row of ids"
+            )
         filled = embeds.flatten(0, 1).index_copy(0, at, features.flatten(0, 1).to(embeds.dtype))
         return filled.view_as(embeds)
 
     def hidden_states(self, embeds, *, pad_mask=None, positions=None, attention=None, cache=None):
         """As Transformer.hidden_states, (N,T,D) -> (N,T,D): images need nothing more once embedded."""
         return self.language_model.hidden_states(
-            embeds, pad_mask=pad_mask, positions=positions, attention=attention, cache=cache)
+            embeds, pad_mask=pad_mask, positions=positions, attention=attention, cache=cache
+        )
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (...,D) -> logits (...,V)."""

@@ -20,72 +20,135 @@ from minicot.model import Llama3Rope, ModelConfig, Transformer, rope_frequencies
 from minicot.vision import ACTIVATIONS, VisionConfig, VisionLanguageConfig, VisionLanguageModel
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
-                 "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 # What a config.json may leave out, and what its absence means: the family's published defaults. Any other
 # absent field is an error, also where transformers has a default that no published file relies on (8 kv heads
 # and a sliding window of 4,096 in Mistral, 32 kv heads in Qwen, head_dim 128 in Qwen3). None means as many kv
 # heads as heads, and a head_dim of hidden_size / heads.
-ANY = {"tie_word_embeddings": False, "initializer_range": 0.02,
-       "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+ANY = {
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
 DEFAULTS = {
-    "llama": ANY | {"num_key_value_heads": None, "head_dim": None, "attention_bias": False, "mlp_bias": False,
-                    "bos_token_id": 1, "eos_token_id": 2},
+    "llama": ANY
+    | {
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "mistral": ANY | {"head_dim": None, "bos_token_id": 1, "eos_token_id": 2},
     "qwen2": ANY | {"head_dim": None},
     "qwen3": ANY | {"attention_bias": False},
 }
 # Fields of which model.py computes one value only. Absence means that value, except for those in REQUIRED.
 REQUIRED = {"hidden_act", "sliding_window"}
-ALL = {"hidden_act": "silu", "attention_dropout": 0.0, "partial_rotary_factor": 1.0,
-       "quantization_config": None}
+ALL = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
 ONLY = {
     "llama": ALL | {"rope_interleaved": False},
     "mistral": ALL | {"sliding_window": None, "attention_bias": False, "mlp_bias": False},
     "qwen2": ALL | {"use_sliding_window": False, "attention_bias": True, "mlp_bias": False},
     "qwen3": ALL | {"use_sliding_window": False, "mlp_bias": False},
 }
-LIMITS = {"vocab_size": 10**8, "num_hidden_layers": 10**4, "hidden_size": 10**6,
-          "intermediate_size": 10**7, "num_attention_heads": 10**4,
-          "num_key_value_heads": 10**4, "head_dim": 10**5, "image_size": 10**5, "patch_size": 10**4,
-          "num_channels": 10**3}  # beyond: broken
+LIMITS = {
+    "vocab_size": 10**8,
+    "num_hidden_layers": 10**4,
+    "hidden_size": 10**6,
+    "intermediate_size": 10**7,
+    "num_attention_heads": 10**4,
+    "num_key_value_heads": 10**4,
+    "head_dim": 10**5,
+    "image_size": 10**5,
+    "patch_size": 10**4,
+    "num_channels": 10**3,
+}  # beyond: broken
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LLAMA3_FIELDS = tuple(field.name for field in fields(Llama3Rope))
 
 # The sub-configs of a Llava folder leave out what equals the default of their class in transformers (a whole
 # CLIP's or SigLIP's folder does so too), so there, and only there, absence means these.
-LLAMA_7B = {"vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-            "hidden_act": "silu"}
-QWEN2 = LLAMA_7B | {"vocab_size": 151_936, "intermediate_size": 22_016, "num_key_value_heads": 32,
-                    "max_position_embeddings": 32_768}
+LLAMA_7B = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+}
+QWEN2 = LLAMA_7B | {
+    "vocab_size": 151_936,
+    "intermediate_size": 22_016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
+}
 TEXT_DEFAULTS = {
     "llama": LLAMA_7B,
-    "mistral": LLAMA_7B | {"intermediate_size": 14_336, "num_key_value_heads": 8,
-                           "max_position_embeddings": 131_072},     # but its sliding_window must be said
+    "mistral": LLAMA_7B
+    | {
+        "intermediate_size": 14_336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+    },  # but its sliding_window must be said
     "qwen2": QWEN2,
     "qwen3": QWEN2 | {"head_dim": 128},
 }
-VIT_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-            "num_channels": 3, "image_size": 224, "initializer_range": 0.02,
-            "position_initializer_range": 0.02, "vision_use_head": False}
+VIT_BASE = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "initializer_range": 0.02,
+    "position_initializer_range": 0.02,
+    "vision_use_head": False,
+}
 VISION_DEFAULTS = {
     "clip_vision_model": VIT_BASE | {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    "siglip_vision_model": VIT_BASE | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh",
-                                       "layer_norm_eps": 1e-6, "vision_use_head": True},
+    "siglip_vision_model": VIT_BASE
+    | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "vision_use_head": True},
 }
 VISION_NUMBERS = dict.fromkeys(
-    ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size",
-     "patch_size", "num_channels"), int) | dict.fromkeys(
-    ("layer_norm_eps", "initializer_range", "position_initializer_range"), float)
+    (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "image_size",
+        "patch_size",
+        "num_channels",
+    ),
+    int,
+) | dict.fromkeys(("layer_norm_eps", "initializer_range", "position_initializer_range"), float)
 
 # LLaVA's own folders: the config.json of a text model of this family, with fields that begin with mm_.
 LLAVA = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
-LLAVA_ONLY = {"mm_projector_type": ("mlp2x_gelu",), "mm_vision_select_feature": ("patch", "cls_patch", None),
-              "mm_patch_merge_type": ("flat", None), "image_aspect_ratio": ("square", "pad", None),
-              "s2": (False, None)}
-LLAVA_IMAGE_TOKEN = -200                # what LLaVA's code puts where an image goes; it is in no vocabulary
+LLAVA_ONLY = {
+    "mm_projector_type": ("mlp2x_gelu",),
+    "mm_vision_select_feature": ("patch", "cls_patch", None),
+    "mm_patch_merge_type": ("flat", None),
+    "image_aspect_ratio": ("square", "pad", None),
+    "s2": (False, None),
+}
+LLAVA_IMAGE_TOKEN = -200  # what LLaVA's code puts where an image goes; it is in no vocabulary
 
 # How the names in a Llava folder may begin, and how ours do: as in transformers' files since the first one.
 # Later files may say it in the other order, or leave out "vision_model."; model.mm_projector, a second
@@ -140,8 +203,13 @@ def parse_config(config: dict, where: str) -> ModelConfig:
     rope_theta, rope_scaling = parse_rope(config, where)
     bias = flag(values, "attention_bias", where) if family in ("llama", "qwen3") else False
     return ModelConfig(
-        model_type=family, hidden_size=hidden_size, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        head_dim=head_dim, rope_theta=rope_theta, rope_scaling=rope_scaling,
+        model_type=family,
+        hidden_size=hidden_size,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
         vocab_size=number(values, "vocab_size", where),
         intermediate_size=number(values, "intermediate_size", where),
         num_hidden_layers=number(values, "num_hidden_layers", where),
@@ -149,7 +217,8 @@ def parse_config(config: dict, where: str) -> ModelConfig:
         rms_norm_eps=number(values, "rms_norm_eps", where, float),
         initializer_range=number(values, "initializer_range", where, float),
         tie_word_embeddings=flag(values, "tie_word_embeddings", where),
-        qkv_bias=bias or family == "qwen2", o_bias=bias,
+        qkv_bias=bias or family == "qwen2",
+        o_bias=bias,
         mlp_bias=family == "llama" and flag(values, "mlp_bias", where),
         qk_norm=family == "qwen3",
         bos_token_id=token_id(values, "bos_token_id", where),
@@ -183,11 +252,15 @@ def parse_rope(config: dict, where: str) -> tuple[float, Llama3Rope | None]:
         raise ValueError(f"{where}: rope_theta is given twice, as {sorted(thetas)}")
     stretch = None
     if kind == "llama3":
-        stretch = Llama3Rope(*(number(rope, name, where, float) for name in LLAMA3_FIELDS[:3]),
-                             number(rope, LLAMA3_FIELDS[3], where))
+        stretch = Llama3Rope(
+            *(number(rope, name, where, float) for name in LLAMA3_FIELDS[:3]),
+            number(rope, LLAMA3_FIELDS[3], where),
+        )
         if stretch.high_freq_factor <= stretch.low_freq_factor:
-            raise ValueError(f"{where}: high_freq_factor {stretch.high_freq_factor} is not above "
-                             f"low_freq_factor {stretch.low_freq_factor}")
+            raise ValueError(
+                f"{where}: high_freq_factor {stretch.high_freq_factor} is not above "
+                f"low_freq_factor {stretch.low_freq_factor}"
+            )
     return thetas.pop(), stretch
 
 
@@ -231,11 +304,14 @@ def parse_vision(config: dict, where: str) -> VisionConfig:
     one_of(values, "quantization_config", (None,), where)
     numbers = {name: number(values, name, where, kind) for name, kind in VISION_NUMBERS.items()}
     if numbers["hidden_size"] % numbers["num_attention_heads"]:
-        raise ValueError(f"{where}: hidden_size {numbers['hidden_size']} is no multiple of its "
-                         f"{numbers['num_attention_heads']} heads")
+        raise ValueError(
+            f"{where}: hidden_size {numbers['hidden_size']} is no multiple of its "
+            f"{numbers['num_attention_heads']} heads"
+        )
     if numbers["image_size"] < numbers["patch_size"]:
-        raise ValueError(f"{where}: image_size {numbers['image_size']} is less than patch_size "
-                         f"{numbers['patch_size']}")
+        raise ValueError(
+            f"{where}: image_size {numbers['image_size']} is less than patch_size {numbers['patch_size']}"
+        )
     act = one_of(values, "hidden_act", tuple(ACTIVATIONS), where)
     head = flag(values, "vision_use_head", where) and family == "siglip_vision_model"
     return VisionConfig(model_type=family, hidden_act=act, vision_use_head=head, **numbers)
@@ -253,29 +329,37 @@ def parse_llava(config: dict, where: str, vision=None) -> VisionLanguageConfig:
     else:
         for name in ("text_config", "vision_config"):
             if not isinstance(config.get(name), dict):
-                raise ValueError(f"{where}: {name} {config.get(name)!r} is not an object, and there is no "
-                                 "mm_vision_tower either, as LLaVA's own config.json has it")
+                raise ValueError(
+                    f"{where}: {name} {config.get(name)!r} is not an object, and there is no "
+                    "mm_vision_tower either, as LLaVA's own config.json has it"
+                )
         text, text_where = config["text_config"], f"{where}, text_config"
         text = TEXT_DEFAULTS.get(str(text.get("model_type")), {}) | text
     one_of(config, "quantization_config", (None,), where)
     if flag({"tie_word_embeddings": False} | config, "tie_word_embeddings", where):
-        text["tie_word_embeddings"] = True              # either says it; the weights tell whether it is true
+        text["tie_word_embeddings"] = True  # either says it; the weights tell whether it is true
     tower = parse_vision(config["vision_config"], f"{where}, vision_config")
     layer, last = config.get("vision_feature_layer"), tower.num_hidden_layers
     if type(layer) is not int or not -last - 1 <= layer <= last:
-        raise ValueError(f"{where}: vision_feature_layer (LLaVA's mm_vision_select_layer) {layer!r}; allowed "
-                         f"is one integer from {-last - 1} to {last}, as the tower has {last} layers")
+        raise ValueError(
+            f"{where}: vision_feature_layer (LLaVA's mm_vision_select_layer) {layer!r}; allowed "
+            f"is one integer from {-last - 1} to {last}, as the tower has {last} layers"
+        )
     tokens = [config[name] for name in ("image_token_index", "image_token_id") if name in config]
     if not tokens or any(type(token) is not int or token != tokens[0] for token in tokens):
         raise ValueError(f"{where}: image_token_index is {tokens or 'absent'}; needed is one integer")
     return VisionLanguageConfig(
-        text=parse_config(text, text_where), vision=tower, image_token_id=tokens[0],
+        text=parse_config(text, text_where),
+        vision=tower,
+        image_token_id=tokens[0],
         vision_feature_layer=layer,
         vision_feature_select_strategy=one_of(
-            config, "vision_feature_select_strategy", ("default", "full"), where),
+            config, "vision_feature_select_strategy", ("default", "full"), where
+        ),
         projector_hidden_act=one_of(config, "projector_hidden_act", tuple(ACTIVATIONS), where),
         multimodal_projector_bias=flag(
-            {"multimodal_projector_bias": True} | config, "multimodal_projector_bias", where),
+            {"multimodal_projector_bias": True} | config, "multimodal_projector_bias", where
+        ),
     )
 
 
@@ -284,17 +368,23 @@ def llava_to_hf(config: dict, where: str, vision) -> dict:
     for name, allowed in LLAVA_ONLY.items():
         one_of(config, name, allowed, where)
     if vision is None:
-        raise ValueError(f"{where}: is LLaVA's own and does not describe its vision tower, mm_vision_tower "
-                         f"{config['mm_vision_tower']!r}; give load_model that tower's folder, or its "
-                         f"{CONFIG}, as vision=PATH")
+        raise ValueError(
+            f"{where}: is LLaVA's own and does not describe its vision tower, mm_vision_tower "
+            f"{config['mm_vision_tower']!r}; give load_model that tower's folder, or its "
+            f"{CONFIG}, as vision=PATH"
+        )
     tower = asdict(read_vision_config(Path(vision)))
     one_of(tower, "model_type", ("clip_vision_model",), f"{vision}")
     one_of(config, "mm_hidden_size", (tower["hidden_size"], None), where)
     full = config.get("mm_vision_select_feature") == "cls_patch"
-    return {"text_config": config | {"model_type": LLAVA[config["model_type"]]}, "vision_config": tower,
-            "image_token_index": LLAVA_IMAGE_TOKEN, "projector_hidden_act": "gelu",
-            "vision_feature_layer": config.get("mm_vision_select_layer"),
-            "vision_feature_select_strategy": "full" if full else "default"}
+    return {
+        "text_config": config | {"model_type": LLAVA[config["model_type"]]},
+        "vision_config": tower,
+        "image_token_index": LLAVA_IMAGE_TOKEN,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": config.get("mm_vision_select_layer"),
+        "vision_feature_select_strategy": "full" if full else "default",
+    }
 
 
 def config_to_hf(config: ModelConfig | VisionLanguageConfig) -> dict:
@@ -302,14 +392,19 @@ def config_to_hf(config: ModelConfig | VisionLanguageConfig) -> dict:
 
     ValueError where the family cannot say what the config asks for (biases in a Mistral, say)."""
     if isinstance(config, VisionLanguageConfig):
-        out = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
-               "text_config": config_to_hf(config.text), "vision_config": asdict(config.vision),
-               "image_token_index": config.image_token_id, "image_seq_length": config.image_seq_length,
-               "vision_feature_layer": config.vision_feature_layer,
-               "vision_feature_select_strategy": config.vision_feature_select_strategy,
-               "projector_hidden_act": config.projector_hidden_act,
-               "multimodal_projector_bias": config.multimodal_projector_bias,
-               "tie_word_embeddings": config.text.tie_word_embeddings}
+        out = {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "text_config": config_to_hf(config.text),
+            "vision_config": asdict(config.vision),
+            "image_token_index": config.image_token_id,
+            "image_seq_length": config.image_seq_length,
+            "vision_feature_layer": config.vision_feature_layer,
+            "vision_feature_select_strategy": config.vision_feature_select_strategy,
+            "projector_hidden_act": config.projector_hidden_act,
+            "multimodal_projector_bias": config.multimodal_projector_bias,
+            "tie_word_embeddings": config.text.tie_word_embeddings,
+        }
         if parse_llava(out, "VisionLanguageConfig") != config:
             raise ValueError(f"{config} cannot be written as a llava config.json")
         return out
@@ -357,8 +452,9 @@ def load_model(path, *, dtype: torch.dtype | None = None, device=None, seed: int
     return model
 
 
-def attach_vision(text_model: Transformer, path, *, image_token_id: int, feature_layer: int = -2,
-                  seed: int = 0) -> VisionLanguageModel:
+def attach_vision(
+    text_model: Transformer, path, *, image_token_id: int, feature_layer: int = -2, seed: int = 0
+) -> VisionLanguageModel:
     """Give a language model eyes: itself (not a copy), a CLIP or SigLIP tower, and a random projector.
 
     path: a folder of the tower, alone or within the whole CLIP or SigLIP (whose text half is passed over); or
@@ -370,20 +466,24 @@ def attach_vision(text_model: Transformer, path, *, image_token_id: int, feature
     """
     path, vocabulary = Path(path), text_model.config.vocab_size
     if not 0 <= image_token_id < vocabulary:
-        raise ValueError(f"image_token_id {image_token_id} is not in the vocabulary; allowed are 0 to "
-                         f"{vocabulary - 1}")
+        raise ValueError(
+            f"image_token_id {image_token_id} is not in the vocabulary; allowed are 0 to {vocabulary - 1}"
+        )
     hf = read_json(path / CONFIG) if path.is_dir() else {}
     if other := hf.get("model_type") == "llava":
-        config = replace(parse_llava(hf, str(path / CONFIG)), text=text_model.config,
-                         image_token_id=image_token_id)
+        config = replace(
+            parse_llava(hf, str(path / CONFIG)), text=text_model.config, image_token_id=image_token_id
+        )
         if config.vision_feature_layer != feature_layer:
-            raise ValueError(f"{path}: its projector reads hidden state {config.vision_feature_layer} of the "
-                             f"tower; feature_layer is {feature_layer}; allowed: the same")
+            raise ValueError(
+                f"{path}: its projector reads hidden state {config.vision_feature_layer} of the "
+                f"tower; feature_layer is {feature_layer}; allowed: the same"
+            )
     else:
         vision = read_vision_config(path)
         strategy = "default" if vision.class_token else "full"
         config = VisionLanguageConfig(text_model.config, vision, image_token_id, feature_layer, strategy)
-    config_to_hf(config)                            # refuses what it could not write
+    config_to_hf(config)  # refuses what it could not write
     model = VisionLanguageModel(config, torch.Generator().manual_seed(seed), text_model)
     like = next(text_model.parameters())
     eyes = torch.nn.ModuleDict({name: getattr(model, name) for name in EYES})
@@ -426,17 +526,21 @@ def read_tensors(folder: Path, model, rename) -> dict[str, torch.Tensor]:
         with open_safetensors(file) as handle:
             keys = set(handle.keys())
             if names is not None and names != keys:
-                raise ValueError(f"{file}: by {INDEX} it should hold {listing(names - keys)}, which it does "
-                                 f"not, and should not hold {listing(keys - names)}, which it does")
+                raise ValueError(
+                    f"{file}: by {INDEX} it should hold {listing(names - keys)}, which it does "
+                    f"not, and should not hold {listing(keys - names)}, which it does"
+                )
             for name in keys:
                 ours, shape = rename(name), tuple(handle.get_slice(name).get_shape())
                 if ours is None or ours.endswith("vision_model.embeddings.position_ids"):
-                    continue                        # the latter: 0, 1, 2, ... in old files
+                    continue  # the latter: 0, 1, 2, ... in old files
                 if ours in found:
                     raise ValueError(f"{file}: tensor {name} is there twice, under two names for {ours}")
                 if ours in shapes and shape != tuple(shapes[ours]):
-                    raise ValueError(f"{file}: tensor {name} has shape {shape}; by {CONFIG} it should "
-                                     f"have {tuple(shapes[ours])}")
+                    raise ValueError(
+                        f"{file}: tensor {name} has shape {shape}; by {CONFIG} it should "
+                        f"have {tuple(shapes[ours])}"
+                    )
                 found[ours] = handle.get_tensor(name)
                 if found[ours].dtype not in FLOATS:
                     raise ValueError(f"{file}: tensor {name} is {found[ours].dtype}; allowed are {FLOATS}")
@@ -446,7 +550,7 @@ def read_tensors(folder: Path, model, rename) -> dict[str, torch.Tensor]:
 def drop_derived(tensors: dict, folder: Path, config: ModelConfig, prefix: str) -> None:
     """Take out what the model computes from its config, or holds once only, if it is what it should be."""
     for name in [name for name in tensors if name.endswith(".self_attn.rotary_emb.inv_freq")]:
-        stored = tensors.pop(name).float()          # Llama 1 and 2 files hold what we compute
+        stored = tensors.pop(name).float()  # Llama 1 and 2 files hold what we compute
         if stored.numel() != config.head_dim // 2 or not stored.allclose(rope_frequencies(config), rtol=1e-2):
             raise ValueError(f"{folder}: tensor {name} differs from the frequencies that {CONFIG} gives")
     head, embedding = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
@@ -460,14 +564,16 @@ def fill(model, tensors: dict, folder: Path, dtype, device) -> None:
     """Make these finite tensors, all and no others, the weights of the model."""
     needed = model.state_dict().keys()
     if tensors.keys() != needed:
-        raise ValueError(f"{folder}: by {CONFIG}, missing tensors: {listing(needed - tensors.keys())}; "
-                         f"extra tensors: {listing(tensors.keys() - needed)}")
+        raise ValueError(
+            f"{folder}: by {CONFIG}, missing tensors: {listing(needed - tensors.keys())}; "
+            f"extra tensors: {listing(tensors.keys() - needed)}"
+        )
     stored = {tensor.dtype for tensor in tensors.values()}
     if dtype is None and len(stored) > 1:
         raise ValueError(f"{folder}: weights are stored as {sorted(map(str, stored))}; choose one dtype")
     for name, tensor in tensors.items():
         tensors[name] = tensor = tensor.to(device=device, dtype=dtype)
-        if not torch.isfinite(torch.stack(tensor.aminmax())).all():       # a NaN is both least and most
+        if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # a NaN is both least and most
             raise ValueError(f"{folder}: tensor {name} holds values that are not finite as {tensor.dtype}")
     model.load_state_dict(tensors, strict=True, assign=True)
 
@@ -480,8 +586,9 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
     if single.exists():
         return {single: None}
     if not index.exists():
-        raise FileNotFoundError(f"{folder}: neither {WEIGHTS} nor {INDEX} (for random weights give the path "
-                                f"of {CONFIG} itself)")
+        raise FileNotFoundError(
+            f"{folder}: neither {WEIGHTS} nor {INDEX} (for random weights give the path of {CONFIG} itself)"
+        )
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map {weight_map!r} is not an object from tensor to file name")
@@ -507,8 +614,10 @@ def read_config(file: Path, vision=None) -> ModelConfig | VisionLanguageConfig:
     config = read_json(file)
     family = one_of(config, "model_type", (*ARCHITECTURES, *LLAVA), str(file))
     if vision is not None and "mm_vision_tower" not in config:
-        raise ValueError(f"{file}: vision={vision} is given, but this is not LLaVA's own folder (there is no "
-                         "mm_vision_tower); attach_vision gives a text model a tower")
+        raise ValueError(
+            f"{file}: vision={vision} is given, but this is not LLaVA's own folder (there is no "
+            "mm_vision_tower); attach_vision gives a text model a tower"
+        )
     return parse_llava(config, str(file), vision) if family in LLAVA else parse_config(config, str(file))
 
 
@@ -563,4 +672,4 @@ def save_model(model: Transformer | VisionLanguageModel, folder) -> None:
     partial = folder / (CONFIG + ".partial")
     partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, folder / CONFIG)
-    (folder / INDEX).unlink(missing_ok=True)        # it would speak of shards that this model is not in
+    (folder / INDEX).unlink(missing_ok=True)  # it would speak of shards that this model is not in

@@ -10,6 +10,7 @@
 `beta` is `margin` in the code (DPO has a beta of its own). The golden numbers are naive double loops at 60
 digits; T is detached ("bc_T_detached"), which the paper leaves open. See also test_losses.py.
 """
+
 import json
 import math
 from pathlib import Path
@@ -54,6 +55,7 @@ def two_levels(n_pos, n_neg):
 
 
 # -------------------------------------------------- golden data
+
 
 @every_form
 @pytest.mark.parametrize("case", cases("aft_binary"))
@@ -128,6 +130,7 @@ def test_the_golden_file_is_whole():
 
 # -------------------------------------------------- by hand
 
+
 def test_aft_by_hand():
     """One right response at -1, wrong ones at -1 and -1 - ln 2: sum of e^(s_n - s_p) = 1 + 1/2, loss log 2.5.
 
@@ -140,7 +143,7 @@ def test_aft_by_hand():
     plain = aft_loss(scores, better, constraint="none")
     close(plain, [math.log(2.5)])
     close(grad(plain, scores)[0], [[-0.6, 0.4, 0.2]])
-    detached = aft_loss(scores, better)                                  # detached is the default
+    detached = aft_loss(scores, better)  # detached is the default
     close(detached, [math.log(2.5)])
     close(grad(detached, scores)[0], [[-0.6, 0.0, 0.0]])
     boundary = aft_loss(scores, better, constraint="boundary", margin=math.log(2))
@@ -162,17 +165,18 @@ def test_boundary_never_pushes_the_worst_right_response_down():
             scores = leaf([case["pos_scores"] + case["neg_scores"]])
             better = two_levels(len(case["pos_scores"]), len(case["neg_scores"]))
             slope = grad(aft_loss(scores, better, constraint="boundary", margin=case["beta"]), scores)[0]
-            assert (slope[0, :len(case["pos_scores"])] <= 0).all()
+            assert (slope[0, : len(case["pos_scores"])] <= 0).all()
 
 
 def test_the_floor_of_the_boundary_loss():
     """With each wrong response on B it is log(1 + 2 N sum_p e^(B - s_p)), not 0: a flat curve is fine."""
-    scores = f64([[-0.5, -0.9, -1.1, -1.1, -1.1]])                       # B = -0.9 - 0.2
+    scores = f64([[-0.5, -0.9, -1.1, -1.1, -1.1]])  # B = -0.9 - 0.2
     floor = math.log(1 + 2 * 3 * (math.exp(-1.1 + 0.5) + math.exp(-1.1 + 0.9)))
     close(aft_loss(scores, two_levels(2, 3), constraint="boundary", margin=0.2), [floor])
 
 
 # -------------------------------------------------- identities
+
 
 def test_unconstrained_aft_at_two_responses_is_dpo_with_beta_1_and_no_reference():
     g = torch.Generator().manual_seed(0)
@@ -197,8 +201,12 @@ def test_two_quality_levels_reduce_the_ranking_form_to_the_binary_form(constrain
     better = better_than(f64([[0.7, 0.7, 0.1, 0.1, 0.1]]))
     loss = aft_loss(scores, better, constraint=constraint, margin=margin)
     close(loss[0], expected.detach())
-    close(grad(loss, scores)[0][0], torch.cat(grad(expected, pos, neg) if constraint != "detached"
-                                              else (grad(expected, pos)[0], torch.zeros(3))))
+    close(
+        grad(loss, scores)[0][0],
+        torch.cat(
+            grad(expected, pos, neg) if constraint != "detached" else (grad(expected, pos)[0], torch.zeros(3))
+        ),
+    )
 
 
 def test_all_pairs_share_one_logarithm():

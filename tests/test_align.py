@@ -24,12 +24,17 @@ def policy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("policy")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (folder / name).write_bytes((BASE / name).read_bytes())
-    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                 num_key_value_heads=2, head_dim=8)  # fmt: skip
+    small = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
     save_model(
         Transformer(
-            dataclasses.replace(read_config(BASE / "config.json"), **small),
-            torch.Generator().manual_seed(0),
+            dataclasses.replace(read_config(BASE / "config.json"), **small), torch.Generator().manual_seed(0)
         ),
         folder,
     )
@@ -121,9 +126,17 @@ def test_a_new_loss_is_one_function_and_one_table_row(policy, samples, tmp_path,
     monkeypatch.setitem(
         align.METHODS, "gap", align.Method(lambda g, c: gap_loss(g.scores, g.better), "reference")
     )
-    config = flags.AlignConfig(method="gap", constraint="none", init=str(policy), samples=str(samples),
-                               steps=12, batch_size=6, lr=3e-3, device="cpu",
-                               out=str(tmp_path / "gap"))  # fmt: skip
+    config = flags.AlignConfig(
+        method="gap",
+        constraint="none",
+        init=str(policy),
+        samples=str(samples),
+        steps=12,
+        batch_size=6,
+        lr=3e-3,
+        device="cpu",
+        out=str(tmp_path / "gap"),
+    )
     align.main(config)
     losses = [line["loss"] for line in lines(tmp_path, "gap")]
     assert losses[-1] < losses[0]

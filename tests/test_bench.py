@@ -36,8 +36,8 @@ def test_every_row_of_steps_and_generation_runs_and_prints():
 
 
 def test_multiplications_by_hand():
-    weights = 2 * (16 * 16 + 16 * 8 + 16 * 8 + 16 * 16 + 3 * 16 * 24)       # 2 layers: q, k, v, o, SwiGLU
-    head, width = 3 * 5 * 16 * 40, 16                                       # attention: q k^T and weights v
+    weights = 2 * (16 * 16 + 16 * 8 + 16 * 8 + 16 * 16 + 3 * 16 * 24)  # 2 layers: q, k, v, o, SwiGLU
+    head, width = 3 * 5 * 16 * 40, 16  # attention: q k^T and weights v
     plain = 33 * weights + head + 2 * 2 * width * 3 * 11 * 11 / 2
     shared = 21 * weights + head + 2 * 2 * width * (6 * 6 / 2 + 3 * (5 * 6 + 5 * 5 / 2))
     assert sides.multiplications("tiny", 3, 6, 5, shared=False) == plain
@@ -75,10 +75,10 @@ def test_equal_losses_with_other_gradients_are_refused():
 
 def test_lengths_resemble_gsm8k():
     lengths = np.array(sides.gsm8k_lengths(20_000))
-    assert np.allclose(lengths.mean(0), [60.3, 94.0], rtol=0.02)       # with EOS
+    assert np.allclose(lengths.mean(0), [60.3, 94.0], rtol=0.02)  # with EOS
     assert np.allclose(lengths.std(0), [21.9, 42.2], rtol=0.05)
     padding = [16 * rows.max() / rows.sum() for rows in lengths.sum(1).reshape(-1, 16)]
-    assert np.mean(padding) == pytest.approx(1.78, abs=0.05)           # as measured on the data
+    assert np.mean(padding) == pytest.approx(1.78, abs=0.05)  # as measured on the data
 
 
 def test_the_table_names_each_row_once_for_both_devices():

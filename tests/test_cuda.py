@@ -15,10 +15,20 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-CONFIG = ModelConfig(model_type="llama", vocab_size=97, hidden_size=128, intermediate_size=256,
-                     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-                     max_position_embeddings=256, rms_norm_eps=1e-5, rope_theta=1e4,
-                     initializer_range=0.2)  # fmt: skip
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=97,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    initializer_range=0.2,
+)
 
 
 def test_logits_and_greedy_ids_are_those_of_the_cpu():

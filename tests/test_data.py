@@ -326,8 +326,14 @@ def test_sets_are_read_as_their_authors_publish_them(tmp_path):
     (problem,) = data.read_problems(f"ecqa:{tmp_path}", "validation")
     solution = "Because, so.\nThe answer is (B)."
     assert problem == Problem("7", "Where, then?", "B", solution, choices=list("abcde"))
-    tables = {"33": {"question": "When?", "choices": ["2:00 P.M.", "3:00 P.M."], "answer": "3:00 P.M.",
-                     "solution": "Look."}}  # fmt: skip
+    tables = {
+        "33": {
+            "question": "When?",
+            "choices": ["2:00 P.M.", "3:00 P.M."],
+            "answer": "3:00 P.M.",
+            "solution": "Look.",
+        }
+    }
     (tmp_path / "problems_dev.json").write_text(json.dumps(tables))
     with pytest.raises(ValueError, match="problems_dev.json:1: image 'tables/33.png': no such file"):
         data.read_problems(f"tabmwp:{tmp_path}", "validation")
@@ -335,7 +341,10 @@ def test_sets_are_read_as_their_authors_publish_them(tmp_path):
     (tmp_path / "tables" / "33.png").write_bytes(b"read later")
     (problem,) = data.read_problems(f"tabmwp:{tmp_path}", "validation")
     assert (problem.id, problem.answer, problem.images) == (
-        "tabmwp-33", "B", [("tables/33.png", str(tmp_path.resolve()))])  # fmt: skip
+        "tabmwp-33",
+        "B",
+        [("tables/33.png", str(tmp_path.resolve()))],
+    )
     assert data.grade(problem, problem.solution, mode="cot", style="hash")[1]
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match="bad.json: holds a JSON dict, expected an array"):

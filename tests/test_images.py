@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import (AutoImageProcessor, CLIPImageProcessorPil, LlavaImageProcessorPil, LlavaProcessor,
-                          PreTrainedTokenizerFast, SiglipImageProcessorPil)
+from transformers import AutoImageProcessor, CLIPImageProcessorPil, LlavaImageProcessorPil, LlavaProcessor
+from transformers import PreTrainedTokenizerFast, SiglipImageProcessorPil
 from transformers.image_utils import load_image as their_load_image
 
 from minicot.images import FORMATS, MAX_PIXELS, ImageProcessor, load_image, to_rgb
 
 SIZES = [(64, 64), (1, 1), (300, 7), (7, 300), (97, 61), (231, 225), (512, 384)]
-MODES = {"PNG": ("RGB", "L", "1", "P", "LA", "RGBA", "PA"), "JPEG": ("RGB", "L", "1", "CMYK"),
-         "WEBP": ("RGB", "L", "P", "CMYK", "LA", "RGBA")}              # what each format can be made from
+MODES = {
+    "PNG": ("RGB", "L", "1", "P", "LA", "RGBA", "PA"),
+    "JPEG": ("RGB", "L", "1", "CMYK"),
+    "WEBP": ("RGB", "L", "P", "CMYK", "LA", "RGBA"),
+}  # what each format can be made from
 CLIP = {"image_processor_type": "CLIPImageProcessor"}
 
 
@@ -28,7 +31,7 @@ def noise(size=(40, 30), mode="RGB", seed=0):
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (4, 4, 4), np.uint8)
     values = np.array(Image.fromarray(small).resize(size, Image.BICUBIC))
-    values[:height // 2, :width // 2] = rng.integers(0, 256, (height // 2, width // 2, 4), np.uint8)
+    values[: height // 2, : width // 2] = rng.integers(0, 256, (height // 2, width // 2, 4), np.uint8)
     image = Image.fromarray(values)
     if mode == "PA":
         palette = image.convert("RGB").convert("P")
@@ -57,17 +60,23 @@ def message_of(call, *args, kind=ValueError):
 PROCESSORS = {
     "clip": (CLIPImageProcessorPil, {}),
     "clip 336": (CLIPImageProcessorPil, {"size": {"shortest_edge": 336}, "crop_size": 336}),
-    "clip, squashed, no crop": (CLIPImageProcessorPil, {"size": {"height": 40, "width": 56},
-                                                        "do_center_crop": False}),
+    "clip, squashed, no crop": (
+        CLIPImageProcessorPil,
+        {"size": {"height": 40, "width": 56}, "do_center_crop": False},
+    ),
     "clip, a crop that is larger": (CLIPImageProcessorPil, {"size": {"shortest_edge": 36}, "crop_size": 51}),
-    "clip, crop alone": (CLIPImageProcessorPil, {"do_resize": False,
-                                                 "crop_size": {"height": 33, "width": 50}}),
+    "clip, crop alone": (
+        CLIPImageProcessorPil,
+        {"do_resize": False, "crop_size": {"height": 33, "width": 50}},
+    ),
     "clip, no normalising": (CLIPImageProcessorPil, {"do_normalize": False}),
     "clip, no rescaling": (CLIPImageProcessorPil, {"do_rescale": False}),
     "clip, bytes": (CLIPImageProcessorPil, {"do_rescale": False, "do_normalize": False}),
     "siglip": (SiglipImageProcessorPil, {}),
-    "siglip with a crop": (SiglipImageProcessorPil, {"size": {"height": 70, "width": 60}, "crop_size": 48,
-                                                     "do_center_crop": True}),
+    "siglip with a crop": (
+        SiglipImageProcessorPil,
+        {"size": {"height": 70, "width": 60}, "crop_size": 48, "do_center_crop": True},
+    ),
     "siglip, another factor": (SiglipImageProcessorPil, {"rescale_factor": 1 / 127.5}),
     "llava": (LlavaImageProcessorPil, {}),
     "llava, padded": (LlavaImageProcessorPil, {"do_pad": True, "size": {"shortest_edge": 112}}),
@@ -112,8 +121,9 @@ def test_what_is_transparent_shows_white_also_by_palette_and_by_one_colour(tmp_p
         with Image.open(tmp_path / f"{name}.png") as opened:
             expected = theirs(processor, opened)
         loaded = load_image(tmp_path / f"{name}.png")
-        assert torch.equal(ImageProcessor.from_dict({**CLIP, "do_resize": False, "do_center_crop": False})(
-            loaded), expected)
+        assert torch.equal(
+            ImageProcessor.from_dict({**CLIP, "do_resize": False, "do_center_crop": False})(loaded), expected
+        )
         assert {(255, 255, 255)} < {loaded.getpixel((x, y)) for x in range(3) for y in range(2)}
 
 
@@ -159,6 +169,7 @@ def test_an_endless_strip_is_refused_before_it_is_resized():
 
 # ---- configs -----------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_transformers_reads_what_we_save_as_the_same_processor(name, tmp_path):
     kind, options = PROCESSORS[name]
@@ -180,15 +191,40 @@ def test_options_nested_in_a_processor_config_are_read_and_come_first(tmp_path, 
     assert ImageProcessor(tmp_path).options["image_processor_type"] == "SiglipImageProcessor"
 
 
-@pytest.mark.parametrize("config", [
-    {"feature_extractor_type": "CLIPFeatureExtractor", "size": 48, "crop_size": 32, "do_resize": True,
-     "do_center_crop": True, "do_normalize": True, "resample": 3},                       # openai/clip-*, 2021
-    {**CLIP, "size": {"shortest_edge": 48}, "crop_size": {"height": 32, "width": 32},    # llava-1.5-7b-hf
-     "_valid_processor_keys": ["images", "do_resize"], "processor_class": "LlavaProcessor"},
-    {"image_processor_type": "CLIPImageProcessorFast", "size": 48, "crop_size": 32, "image_mean": None,
-     "data_format": "channels_first", "device": None, "do_pad": None, "pad_size": None,  # transformers 4.5x
-     "default_to_square": False, "return_tensors": None, "disable_grouping": None},
-])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {
+            "feature_extractor_type": "CLIPFeatureExtractor",
+            "size": 48,
+            "crop_size": 32,
+            "do_resize": True,
+            "do_center_crop": True,
+            "do_normalize": True,
+            "resample": 3,
+        },  # openai/clip-*, 2021
+        {
+            **CLIP,
+            "size": {"shortest_edge": 48},
+            "crop_size": {"height": 32, "width": 32},  # llava-1.5-7b-hf
+            "_valid_processor_keys": ["images", "do_resize"],
+            "processor_class": "LlavaProcessor",
+        },
+        {
+            "image_processor_type": "CLIPImageProcessorFast",
+            "size": 48,
+            "crop_size": 32,
+            "image_mean": None,
+            "data_format": "channels_first",
+            "device": None,
+            "do_pad": None,
+            "pad_size": None,  # transformers 4.5x
+            "default_to_square": False,
+            "return_tensors": None,
+            "disable_grouping": None,
+        },
+    ],
+)
 def test_published_configs_of_several_years_are_read_alike(config):
     expected = theirs(CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size=32), noise())
     assert torch.equal(ImageProcessor.from_dict(config)(noise()), expected)
@@ -197,39 +233,45 @@ def test_published_configs_of_several_years_are_read_alike(config):
 def test_a_lone_number_is_the_shorter_edge_or_a_square_as_transformers_reads_it(tmp_path):
     for squares in (True, False):
         processor = SiglipImageProcessorPil(size=20, default_to_square=squares)
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(
-            {"image_processor_type": "SiglipImageProcessor", "size": 20, "default_to_square": squares}))
+        (tmp_path / "preprocessor_config.json").write_text(
+            json.dumps(
+                {"image_processor_type": "SiglipImageProcessor", "size": 20, "default_to_square": squares}
+            )
+        )
         assert torch.equal(ImageProcessor(tmp_path)(noise()), theirs(processor, noise()))
 
 
-@pytest.mark.parametrize("config, parts", [
-    ({}, ["image_processor_type is None", "SiglipImageProcessor"]),
-    ({"image_processor_type": "Qwen2VLImageProcessor"}, ["Qwen2VLImageProcessor", "CLIPImageProcessor"]),
-    ({"image_processor_type": ["CLIPImageProcessor"]}, ["image_processor_type"]),
-    ({**CLIP, "do_flip_channel_order": True}, ["do_flip_channel_order is True"]),
-    ({**CLIP, "image_grid_pinpoints": [[336, 672]]}, ["image_grid_pinpoints"]),
-    ({**CLIP, "auto_map": {"AutoImageProcessor": "x.Y"}}, ["auto_map"]),
-    ({**CLIP, "data_format": "channels_last"}, ["data_format is 'channels_last'"]),
-    ({**CLIP, "do_pad": True}, ["do_pad is true", "LlavaImageProcessor"]),
-    ({**CLIP, "do_resize": "yes"}, ["do_resize is 'yes'", "true, false"]),
-    ({**CLIP, "do_rescale": 1}, ["do_rescale is 1"]),
-    ({**CLIP, "size": {"longest_edge": 384}}, ["size", "longest_edge", "shortest_edge"]),
-    ({**CLIP, "size": {"shortest_edge": 20, "longest_edge": 40}}, ["size"]),
-    ({**CLIP, "size": {"height": 20}}, ["size is {'height': 20}"]),
-    ({**CLIP, "size": {"height": 20, "width": 0}}, ["from 1 to 8192"]),
-    ({**CLIP, "size": {"shortest_edge": 10**6}}, ["from 1 to 8192"]),
-    ({**CLIP, "size": 22.5}, ["size"]),
-    ({**CLIP, "size": True}, ["size is True"]),
-    ({**CLIP, "crop_size": {"shortest_edge": 20}}, ["crop_size"]),
-    ({"image_processor_type": "SiglipImageProcessor", "do_center_crop": True}, ["crop_size is None"]),
-    ({**CLIP, "resample": 7}, ["resample is 7", "0 to 5"]),
-    ({**CLIP, "resample": "bicubic"}, ["resample is 'bicubic'"]),
-    ({**CLIP, "image_mean": [0.5, 0.5]}, ["image_mean", "3 numbers"]),
-    ({**CLIP, "image_mean": 0.5}, ["image_mean is 0.5"]),
-    ({**CLIP, "image_std": [1, 0, 1]}, ["image_std", "0"]),
-    ({**CLIP, "image_std": [1, 1, float("nan")]}, ["image_std"]),
-    ({**CLIP, "rescale_factor": "1/255"}, ["rescale_factor is '1/255'"]),
-])
+@pytest.mark.parametrize(
+    "config, parts",
+    [
+        ({}, ["image_processor_type is None", "SiglipImageProcessor"]),
+        ({"image_processor_type": "Qwen2VLImageProcessor"}, ["Qwen2VLImageProcessor", "CLIPImageProcessor"]),
+        ({"image_processor_type": ["CLIPImageProcessor"]}, ["image_processor_type"]),
+        ({**CLIP, "do_flip_channel_order": True}, ["do_flip_channel_order is True"]),
+        ({**CLIP, "image_grid_pinpoints": [[336, 672]]}, ["image_grid_pinpoints"]),
+        ({**CLIP, "auto_map": {"AutoImageProcessor": "x.Y"}}, ["auto_map"]),
+        ({**CLIP, "data_format": "channels_last"}, ["data_format is 'channels_last'"]),
+        ({**CLIP, "do_pad": True}, ["do_pad is true", "LlavaImageProcessor"]),
+        ({**CLIP, "do_resize": "yes"}, ["do_resize is 'yes'", "true, false"]),
+        ({**CLIP, "do_rescale": 1}, ["do_rescale is 1"]),
+        ({**CLIP, "size": {"longest_edge": 384}}, ["size", "longest_edge", "shortest_edge"]),
+        ({**CLIP, "size": {"shortest_edge": 20, "longest_edge": 40}}, ["size"]),
+        ({**CLIP, "size": {"height": 20}}, ["size is {'height': 20}"]),
+        ({**CLIP, "size": {"height": 20, "width": 0}}, ["from 1 to 8192"]),
+        ({**CLIP, "size": {"shortest_edge": 10**6}}, ["from 1 to 8192"]),
+        ({**CLIP, "size": 22.5}, ["size"]),
+        ({**CLIP, "size": True}, ["size is True"]),
+        ({**CLIP, "crop_size": {"shortest_edge": 20}}, ["crop_size"]),
+        ({"image_processor_type": "SiglipImageProcessor", "do_center_crop": True}, ["crop_size is None"]),
+        ({**CLIP, "resample": 7}, ["resample is 7", "0 to 5"]),
+        ({**CLIP, "resample": "bicubic"}, ["resample is 'bicubic'"]),
+        ({**CLIP, "image_mean": [0.5, 0.5]}, ["image_mean", "3 numbers"]),
+        ({**CLIP, "image_mean": 0.5}, ["image_mean is 0.5"]),
+        ({**CLIP, "image_std": [1, 0, 1]}, ["image_std", "0"]),
+        ({**CLIP, "image_std": [1, 1, float("nan")]}, ["image_std"]),
+        ({**CLIP, "rescale_factor": "1/255"}, ["rescale_factor is '1/255'"]),
+    ],
+)
 def test_what_is_not_computed_is_refused_by_its_name(config, parts, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     message = message_of(ImageProcessor, tmp_path)
@@ -249,6 +291,7 @@ def test_a_folder_without_a_readable_config_is_refused(tmp_path):
 
 # ---- files that are no pictures ----------------------------------------------------------------------------
 
+
 def encoded(format="PNG", image=None):
     file = io.BytesIO()
     (image or noise()).save(file, format)
@@ -259,25 +302,30 @@ def png_header(width, height):
     """A PNG that claims a size and has no pixels."""
     chunks = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT"
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
+    )
 
 
-@pytest.mark.parametrize("content, parts", [
-    (b"", ["an empty file", "PNG"]),
-    (b"hello, this is a text", ["b'hello, this '", "PNG, JPEG, WEBP"]),
-    (encoded("GIF"), ["b'GIF8", "PNG, JPEG, WEBP"]),
-    (encoded("TIFF"), ["PNG, JPEG, WEBP"]),
-    (b"<svg xmlns='http://www.w3.org/2000/svg'/>", ["<svg"]),
-    (encoded("PNG")[:20], ["PNG"]),
-    (encoded("PNG")[:200], ["broken or truncated PNG"]),
-    (encoded("JPEG")[:-40], ["broken or truncated JPEG"]),
-    (encoded("WEBP")[:-40], ["WEBP"]),
-    (encoded("PNG")[:60] + b"\0\1\2" + encoded("PNG")[63:], ["PNG"]),
-    (png_header(8193, 8192), ["8193 x 8192", f"{MAX_PIXELS:,}"]),
-    (png_header(2**31 - 1, 2**31 - 1), [f"{MAX_PIXELS:,}"]),
-    (png_header(15_000, 15_000), [f"{MAX_PIXELS:,}"]),
-    (png_header(0, 5), ["PNG"]),
-], ids=range(14))
+@pytest.mark.parametrize(
+    "content, parts",
+    [
+        (b"", ["an empty file", "PNG"]),
+        (b"hello, this is a text", ["b'hello, this '", "PNG, JPEG, WEBP"]),
+        (encoded("GIF"), ["b'GIF8", "PNG, JPEG, WEBP"]),
+        (encoded("TIFF"), ["PNG, JPEG, WEBP"]),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", ["<svg"]),
+        (encoded("PNG")[:20], ["PNG"]),
+        (encoded("PNG")[:200], ["broken or truncated PNG"]),
+        (encoded("JPEG")[:-40], ["broken or truncated JPEG"]),
+        (encoded("WEBP")[:-40], ["WEBP"]),
+        (encoded("PNG")[:60] + b"\0\1\2" + encoded("PNG")[63:], ["PNG"]),
+        (png_header(8193, 8192), ["8193 x 8192", f"{MAX_PIXELS:,}"]),
+        (png_header(2**31 - 1, 2**31 - 1), [f"{MAX_PIXELS:,}"]),
+        (png_header(15_000, 15_000), [f"{MAX_PIXELS:,}"]),
+        (png_header(0, 5), ["PNG"]),
+    ],
+    ids=range(14),
+)
 def test_a_file_that_is_no_whole_picture_is_refused_in_one_line_with_its_name(content, parts, tmp_path):
     (tmp_path / "picture.png").write_bytes(content)
     message = message_of(load_image, tmp_path / "picture.png")
@@ -295,7 +343,7 @@ def test_broken_bytes_anywhere_never_raise_anything_but_one_line(tmp_path):
             broken = bytearray(whole)
             for place in rng.integers(0, len(whole), rng.integers(1, 6)):
                 broken[place] = rng.integers(256)
-            path.write_bytes(broken[:rng.integers(1, len(whole) + 1)] if rng.random() < 0.3 else broken)
+            path.write_bytes(broken[: rng.integers(1, len(whole) + 1)] if rng.random() < 0.3 else broken)
             try:
                 assert load_image(path).mode == "RGB"
             except ValueError as error:
@@ -310,8 +358,9 @@ def test_what_is_no_file_is_refused(tmp_path):
     os.symlink(tmp_path / "loop", tmp_path / "loop")
     for root in (None, tmp_path):
         where = tmp_path if root is None else ""
-        assert "no such file" in message_of(load_image, os.path.join(where, "absent.png"), root,
-                                            kind=FileNotFoundError)
+        assert "no such file" in message_of(
+            load_image, os.path.join(where, "absent.png"), root, kind=FileNotFoundError
+        )
         assert "a folder" in message_of(load_image, os.path.join(where, "folder"), root)
         assert "no regular file" in message_of(load_image, os.path.join(where, "pipe"), root)
         assert "loop" in message_of(load_image, os.path.join(where, "loop"), root)
@@ -327,8 +376,15 @@ def test_a_path_that_leaves_its_folder_is_refused_and_one_inside_is_read(tmp_pat
     os.symlink(tmp_path / "outside.png", root / "link.png")
     os.symlink(root / "inner" / "inside.png", root / "inner" / "link.png")
     os.symlink(tmp_path, root / "up")
-    for path in ("../outside.png", "inner/../../outside.png", str(tmp_path / "outside.png"), "link.png",
-                 "up/outside.png", "../absent.png", "/etc/passwd"):
+    for path in (
+        "../outside.png",
+        "inner/../../outside.png",
+        str(tmp_path / "outside.png"),
+        "link.png",
+        "up/outside.png",
+        "../absent.png",
+        "/etc/passwd",
+    ):
         message = message_of(load_image, path, root)
         assert repr(path) in message and "leaves its folder" in message and str(root) in message
     for path in ("inner/inside.png", "inner/../inner/link.png", str(root / "inner" / "inside.png")):

@@ -3,8 +3,11 @@ says."""
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minicot"
@@ -99,6 +102,14 @@ def test_lines_fit_in_a_window():
     for path in files:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert len(line) <= 110, f"{path.relative_to(ROOT)}:{number} has {len(line)} columns"
+
+
+@pytest.mark.parametrize("check", [("format", "--check"), ("check",)], ids=" ".join)
+def test_one_formatting_throughout(check):
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *check, "."], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_no_file_unpickles():

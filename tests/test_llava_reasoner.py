@@ -45,8 +45,10 @@ def test_responses_keep_their_first_words_and_lose_eos():
 
 
 def test_cut_pairs_train_the_first_words_alone():
-    pair = Samples(Problem("p", "How many?"), [Response("Tom has 3 more apples.", True, reward=1.0),
-                                               Response("Tom has 4.", False, reward=0.0)])  # fmt: skip
+    pair = Samples(
+        Problem("p", "How many?"),
+        [Response("Tom has 3 more apples.", True, reward=1.0), Response("Tom has 4.", False, reward=0.0)],
+    )
     [rows], _ = make_groups(TOKENIZER, truncate_words([pair], 3), mode="cot", max_length=512, reference=False)
     trained = [TOKENIZER.decode(row.ids[row.n_prompt :], skip_special=False) for row in rows]
     assert trained == ["Tom has 3", "Tom has 4."]
@@ -63,8 +65,14 @@ def test_the_filter_lets_through_only_chains_that_reach_the_gold_answer():
 
 def results():
     """Made-up results: CoT SFT lifts CoT by far, nothing else differs."""
-    shares = {"format": (0.1, 0.05), "direct": (0.3, 0.06), "cot": (0.3, 0.4), "both": (0.3, 0.4),
-              "dpo": (0.3, 0.4), "blind": (0.1, 0.1)}  # fmt: skip
+    shares = {
+        "format": (0.1, 0.05),
+        "direct": (0.3, 0.06),
+        "cot": (0.3, 0.4),
+        "both": (0.3, 0.4),
+        "dpo": (0.3, 0.4),
+        "blind": (0.1, 0.1),
+    }
     cells = []
     for model, both in shares.items():
         for mode, share in zip(recipe.MODES, both):
@@ -79,9 +87,16 @@ def results():
                 }
                 for seed in range(3)
             ]
-    cells += [{"name": f"{model}@sampled", "seed": seed, "settings": {"lr": None},
-               "right": pack_pairs([[right, 8]] * 50)}
-              for model, right in (("both", 4), ("dpo", 6)) for seed in range(3)]  # fmt: skip
+    cells += [
+        {
+            "name": f"{model}@sampled",
+            "seed": seed,
+            "settings": {"lr": None},
+            "right": pack_pairs([[right, 8]] * 50),
+        }
+        for model, right in (("both", 4), ("dpo", 6))
+        for seed in range(3)
+    ]
     ways = {"majority": [0.0, 1.0] * 50, "best": [1.0] * 100, "vote": [0.0, 1.0] * 50, "pass": [1.0] * 100}
     found = {"cells": cells, "curves": [{"1": ways, "32": ways}] * 3}
     return {**found, "claims": recipe.judge_all(found), "blame": [[0.5, 0.45, 0.55]] * 3}
@@ -93,8 +108,10 @@ def test_a_line_break_counts_to_the_step_that_it_ends():
 
 
 def test_blame_asks_whether_the_lowest_step_is_the_first_wrong_one():
-    chains = [(["a", "\n", "b", "\n", "c"], [0.0, 0.1, -2.0, 0.0, -1.0], 3, 1),
-              (["a", "\n", "b"], [-1.0, 0.0, 0.5], 2, 1)]  # fmt: skip
+    chains = [
+        (["a", "\n", "b", "\n", "c"], [0.0, 0.1, -2.0, 0.0, -1.0], 3, 1),
+        (["a", "\n", "b"], [-1.0, 0.0, 0.5], 2, 1),
+    ]
     assert recipe.blame(chains) == ([1.0, 0.0], [1 / 3, 1 / 2])
 
 
@@ -163,8 +180,11 @@ def test_every_mix_holds_the_format_rows_and_its_own():
 
 def chains_of(row, *responses):
     """A Samples of (text, score) responses to a row; right where the answer is."""
-    made = [Response(text, is_correct(answer, row["answer"]), answer=answer, scores={"dpo": score})
-            for text, score in responses for answer in [extract_answer(text, "hash")]]  # fmt: skip
+    made = [
+        Response(text, is_correct(answer, row["answer"]), answer=answer, scores={"dpo": score})
+        for text, score in responses
+        for answer in [extract_answer(text, "hash")]
+    ]
     return Samples(Problem(row["id"], row["question"], answer=row["answer"]), made)
 
 
@@ -178,18 +198,28 @@ def wrong_chains(row):
     known, claim = steps[reads].rsplit(", so ", 1)
     first, number = steps[0].rsplit(" ", 1), known.rsplit(" ", 1)[1]
     a, sign, b, c = re.search(r"(\d+) ([-+x/]) (\d+) = (\d+)", claim).groups()
-    change = lambda place, step: "\n".join([*steps[:place], step, *steps[place + 1:], "#### 99"])
-    turned, value = {"+": ("x", int(a) * int(b)), "x": ("+", int(a) + int(b)), "-": ("+", int(a) + int(b)),
-                     "/": ("-", int(a) - int(b))}[sign]
-    found = {"misread": change(0, f"{first[0]} 99."),
-             "look-up": change(reads, steps[reads].replace(f"has {number}, so", "has 99, so", 1)),
-             "arithmetic": change(reads, steps[reads].replace(f"= {c}", f"= {int(c) + 1}")),
-             "operation": change(reads, f"{known}, so {claim}".replace(
-                 f"{a} {sign} {b} = {c}", f"{a} {turned} {b} = {value}")),
-             "unreadable": change(reads, "Zoe has"),
-             "answer": "\n".join([*steps, "#### 99"])}  # fmt: skip
-    other = [one for one in pictures.in_picture(scene) if one.who == first[0].split(":")[0]
-             and one.item != scene.asked.item]  # fmt: skip
+    change = lambda place, step: "\n".join([*steps[:place], step, *steps[place + 1 :], "#### 99"])
+    turned, value = {
+        "+": ("x", int(a) * int(b)),
+        "x": ("+", int(a) + int(b)),
+        "-": ("+", int(a) + int(b)),
+        "/": ("-", int(a) - int(b)),
+    }[sign]
+    found = {
+        "misread": change(0, f"{first[0]} 99."),
+        "look-up": change(reads, steps[reads].replace(f"has {number}, so", "has 99, so", 1)),
+        "arithmetic": change(reads, steps[reads].replace(f"= {c}", f"= {int(c) + 1}")),
+        "operation": change(
+            reads, f"{known}, so {claim}".replace(f"{a} {sign} {b} = {c}", f"{a} {turned} {b} = {value}")
+        ),
+        "unreadable": change(reads, "Zoe has"),
+        "answer": "\n".join([*steps, "#### 99"]),
+    }
+    other = [
+        one
+        for one in pictures.in_picture(scene)
+        if one.who == first[0].split(":")[0] and one.item != scene.asked.item
+    ]
     if other and f"{other[0].value}." != first[1]:
         found["other column"] = change(0, f"{first[0]} {other[0].value}.")
     return found
@@ -210,17 +240,27 @@ def test_the_first_mistake_of_a_chain_is_named(kind):
 BARS = "Ben: books 3.\nTom: books 9.\nMia: books 10.\n"
 
 
-@pytest.mark.parametrize("step, mistake", [
-    ("Tom has 9, so Lea has 9 + 7 = 16.", "operand"), ("Mia has 10, so Lea has 10 + 8 = 18.", "operand"),
-    ("Mia has 10, so Lea has 10 - 7 = 3.", "operation"), ("Mia has 10, so Lea has 10 + 7 = 3.", "arithmetic"),
-    ("Mia has 10, so Lea has 11 + 7 = 18.", "look-up"), ("Lea has 17, so they have 3.", "unreadable"),
-    ("Mia has 10, so Lea has 7 / 0 = 0.", "look-up"), ("Lea has 7 / 0 = 0.", "arithmetic"),
-    ("Mia has 10, so Tom has 10 + 7 = 17.", "operation"),
-    ("Mia has 10, so Lea has 10 + 7 = 17 more.", "operation"),
-    ("Mia has 10, so together they have 10 + 3 = 13.", "operand"), ("Ben: books 4.", "misread"),
-    ("Ben: coins 3.", "misread"), ("Ben: books 3. Tom: books 9.", "unreadable"),
-    ("Mia has 10, so Lea has 10 + 7 = 17.", "answer"), ("", "answer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "step, mistake",
+    [
+        ("Tom has 9, so Lea has 9 + 7 = 16.", "operand"),
+        ("Mia has 10, so Lea has 10 + 8 = 18.", "operand"),
+        ("Mia has 10, so Lea has 10 - 7 = 3.", "operation"),
+        ("Mia has 10, so Lea has 10 + 7 = 3.", "arithmetic"),
+        ("Mia has 10, so Lea has 11 + 7 = 18.", "look-up"),
+        ("Lea has 17, so they have 3.", "unreadable"),
+        ("Mia has 10, so Lea has 7 / 0 = 0.", "look-up"),
+        ("Lea has 7 / 0 = 0.", "arithmetic"),
+        ("Mia has 10, so Tom has 10 + 7 = 17.", "operation"),
+        ("Mia has 10, so Lea has 10 + 7 = 17 more.", "operation"),
+        ("Mia has 10, so together they have 10 + 3 = 13.", "operand"),
+        ("Ben: books 4.", "misread"),
+        ("Ben: coins 3.", "misread"),
+        ("Ben: books 3. Tom: books 9.", "unreadable"),
+        ("Mia has 10, so Lea has 10 + 7 = 17.", "answer"),
+        ("", "answer"),
+    ],
+)
 def test_what_is_said_of_a_step(step, mistake):
     """Lea has 7 more books than Mia. How many books do Lea and Ben have together?"""
     assert diagnose.first_error("bars-0-2", f"{BARS}{step}\n#### 99") == mistake
@@ -232,8 +272,8 @@ def test_what_scores_order_and_answers_that_nobody_else_gives():
     right, wrong = TABLE["solution"], wrong_chains(TABLE)["misread"]
     odd = "#### 7"
     samples = chains_of(TABLE, (right, 0.5), (right, -1.0), (wrong, 0.0), (wrong, -2.0), (odd, 3.0))
-    assert diagnose.orders(samples, "dpo") == (2 + 1) / 6              # 0.5 beats two of three, -1 one
-    assert diagnose.orders(samples, "short") == (1 + 1) / 6            # a tie with both of the same length
+    assert diagnose.orders(samples, "dpo") == (2 + 1) / 6  # 0.5 beats two of three, -1 one
+    assert diagnose.orders(samples, "short") == (1 + 1) / 6  # a tie with both of the same length
     assert diagnose.orders(chains_of(TABLE, (right, 0.5)), "dpo") is None
     assert diagnose.orders(chains_of(TABLE, (right, 0.5), (wrong, 0.5)), "dpo") == 0.5
     both = diagnose.answers_and_scores(samples, "dpo")
@@ -244,14 +284,16 @@ def test_what_scores_order_and_answers_that_nobody_else_gives():
 def test_the_diagnosis_prints_shares_and_differences():
     right, wrong = TABLE["solution"], wrong_chains(TABLE)["misread"]
     found = [chains_of(TABLE, (right, 0.5), (wrong, 0.0), (wrong, -1.0), ("#### 7", -2.0))]
-    found += [chains_of(make, (make["solution"], 1.0), ("#### 7", 0.0)) for make in
-              (pictures.make_problem(1, kind=kind, difficulty=2) for kind in ("rows", "bars"))]  # fmt: skip
+    found += [
+        chains_of(make, (make["solution"], 1.0), ("#### 7", 0.0))
+        for make in (pictures.make_problem(1, kind=kind, difficulty=2) for kind in ("rows", "bars"))
+    ]
     table = diagnose.errors_table([found])
     assert "| table | 25.0% | 0.0% | 50.0% | 0.0% | 0.0% | 0.0% | 0.0% | 0.0% | 25.0% |" in table
     orders = diagnose.orders_table([found] * 2, "dpo")
     votes = diagnose.betas_table([found] * 2, "dpo", (0.01, 30))
     assert orders.count("| 100.0% | 100.0% | 100.0% | 100.0% | 100.0% | 66.7% | 66.7% |") == 2
-    assert votes.count("| +0.0% [+0.0%, +0.0%] | +33.3% [") == 2     # at beta 30 the best response decides
+    assert votes.count("| +0.0% [+0.0%, +0.0%] | +33.3% [") == 2  # at beta 30 the best response decides
 
 
 def test_wrong_chains_are_the_first_that_begin_rightly_and_know_their_first_wrong_step(tmp_path):
@@ -269,5 +311,5 @@ def test_wrong_chains_are_the_first_that_begin_rightly_and_know_their_first_wron
     found = dataclasses.replace(found, problem=dataclasses.replace(found.problem, image=TABLE["image"]))
     write_jsonl(folders[1] / "scored.jsonl", [samples_to_row(found)])
     [(tokens, ratios, steps, place)] = made.wrong_chains(0, 1e-5)
-    assert "".join(tokens) == late + "<|end|>" and ratios == [0.0] * len(tokens)    # a model against itself
+    assert "".join(tokens) == late + "<|end|>" and ratios == [0.0] * len(tokens)  # a model against itself
     assert steps == len(TABLE["steps"]) and "has 99, so" in late.split("\n")[place] and place == 3

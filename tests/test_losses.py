@@ -13,6 +13,7 @@
 golden/losses_golden.json holds what the official codes compute (DPO, IPO, RRHF) and what their authors meant
 (RRHF "as_intended", PRO "derived_exact"). Where ours differs on purpose, a test says so.
 """
+
 import json
 import math
 from functools import partial
@@ -22,17 +23,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minicot.losses import (
-    aft_loss,
-    better_than,
-    dpo_loss,
-    ipo_loss,
-    pro_loss,
-    rrhf_loss,
-    sequence_logps,
-    sft_loss,
-    token_logps,
-)
+from minicot.losses import aft_loss, better_than, dpo_loss, ipo_loss, pro_loss, rrhf_loss, sequence_logps
+from minicot.losses import sft_loss, token_logps
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses_golden.json").read_text())
 SETTINGS = [("none", None), ("detached", None), ("boundary", 0.0), ("boundary", 0.3)]
@@ -45,8 +37,10 @@ def cases(name):
 
 def f64(values):
     """Golden numbers as float64; non-finite ones are stored as the strings "nan", "inf", "-inf"."""
+
     def number(v):
         return [number(x) for x in v] if isinstance(v, list) else float(v)
+
     return torch.tensor(number(values), dtype=torch.float64)
 
 
@@ -65,6 +59,7 @@ def grad(loss, *inputs):
 
 
 # -------------------------------------------------- the oracle: double loops over plain numbers
+
 
 def loops(name, s, rewards, constraint, margin, frozen=None):
     """One group's loss, as the papers write it. `s` gets the gradient, `frozen` is its constant twin."""
@@ -154,8 +149,8 @@ def test_gradients_of_group_losses_pass_gradcheck(name, constraint, margin):
     for b in range(2):
         twin, settings = leaf(scores[b]), (rewards[b].tolist(), constraint, margin, scores[b])
         assert torch.autograd.gradcheck(lambda s, settings=settings: loops(name, s, *settings), twin)
-        ours = leaf(scores[b:b + 1])
-        loss = group_loss(name, ours, rewards[b:b + 1], constraint=constraint, margin=margin)
+        ours = leaf(scores[b : b + 1])
+        loss = group_loss(name, ours, rewards[b : b + 1], constraint=constraint, margin=margin)
         close(grad(loss, ours)[0][0], grad(loops(name, twin, *settings), twin)[0])
 
 
@@ -177,12 +172,13 @@ def test_gradients_of_token_logps_and_sums_pass_gradcheck():
 
 # -------------------------------------------------- tokens, sequences, SFT
 
+
 def test_token_logps_column_t_reads_the_logits_of_column_t_minus_1():
     """The off-by-one test: only logits[0, 0] prefers token 2, so only a token 2 at column 1 is likely."""
     logits = torch.zeros(1, 3, 4, dtype=torch.float64)
     logits[0, 0, 2] = 5.0
     logps = token_logps(logits, torch.tensor([[1, 2, 2]]))
-    close(logps, [[0.0, 5 - math.log(3 + math.e ** 5), -math.log(4)]])
+    close(logps, [[0.0, 5 - math.log(3 + math.e**5), -math.log(4)]])
 
 
 def test_token_logps_equal_log_softmax():
@@ -205,9 +201,14 @@ def test_bfloat16_is_computed_in_float32():
     assert sequence_logps(tokens, mask, reduce="sum").item() == pytest.approx(-564.84375, abs=1e-3)
     scores = torch.tensor([[-0.5, -0.75]], dtype=torch.bfloat16, requires_grad=True)
     rewards = torch.tensor([[1.0, 0.0]], dtype=torch.bfloat16)
-    for loss in (aft_loss(scores, better_than(rewards)), rrhf_loss(scores, better_than(rewards)),
-                 pro_loss(scores, rewards), dpo_loss(scores, scores, beta=1.0),
-                 ipo_loss(scores, scores, beta=1.0), sft_loss(scores, torch.ones(1, 2, dtype=torch.bool))):
+    for loss in (
+        aft_loss(scores, better_than(rewards)),
+        rrhf_loss(scores, better_than(rewards)),
+        pro_loss(scores, rewards),
+        dpo_loss(scores, scores, beta=1.0),
+        ipo_loss(scores, scores, beta=1.0),
+        sft_loss(scores, torch.ones(1, 2, dtype=torch.bool)),
+    ):
         assert loss.dtype == torch.float32
         assert grad(loss, scores)[0].dtype == torch.bfloat16
 
@@ -229,8 +230,8 @@ def test_an_empty_response_has_a_sum_of_0_and_no_mean():
 def test_sft_loss_by_hand_and_in_parts():
     tokens = torch.tensor([[0.0, -1.0, -2.0], [0.0, -6.0, -9.0]], dtype=torch.float64)
     mask = torch.tensor([[False, True, True], [False, True, False]])
-    assert sft_loss(tokens, mask).item() == 3.0                   # (1 + 2 + 6) / 3, not the mean of 1.5 and 6
-    parts = [sft_loss(tokens[i:i + 1], mask[i:i + 1], n_tokens=mask.sum()) for i in range(2)]
+    assert sft_loss(tokens, mask).item() == 3.0  # (1 + 2 + 6) / 3, not the mean of 1.5 and 6
+    parts = [sft_loss(tokens[i : i + 1], mask[i : i + 1], n_tokens=mask.sum()) for i in range(2)]
     assert sum(parts).item() == 3.0
     nothing = leaf(tokens[:1])
     empty = sft_loss(nothing, torch.zeros(1, 3, dtype=torch.bool), n_tokens=3)
@@ -255,6 +256,7 @@ def test_nan_in_scored_positions_stays_visible():
 
 # -------------------------------------------------- who beats whom
 
+
 def test_better_than_by_hand():
     rewards = torch.tensor([[0.5, 2.0, 0.5, NAN]])
     better = better_than(rewards, torch.tensor([[True, True, True, False]]))
@@ -272,6 +274,7 @@ def test_a_present_reward_that_is_not_finite_is_an_error_naming_its_place(bad):
 
 
 # -------------------------------------------------- golden data: DPO and IPO
+
 
 def dpo_variants(case):
     yield "sigmoid", lambda p, r: dpo_loss(p, r, beta=case["beta"])
@@ -338,11 +341,14 @@ def test_padding_on_either_side_changes_nothing(case, side):
     logits = f64(case["policy_logits"])
     wide = padded(logits, side, 3, 1e4), padded(ids, side, 3), padded(mask, side, 3, False)
     for reduce in ("sum", "mean"):
-        close(sequence_logps(token_logps(*wide[:2]), wide[2], reduce=reduce),
-              sequence_logps(token_logps(logits, ids), mask, reduce=reduce))
+        close(
+            sequence_logps(token_logps(*wide[:2]), wide[2], reduce=reduce),
+            sequence_logps(token_logps(logits, ids), mask, reduce=reduce),
+        )
 
 
 # -------------------------------------------------- golden data: RRHF and PRO
+
 
 @pytest.mark.parametrize("case", cases("rrhf_score"))
 def test_rrhf_equals_the_official_ranking_loss_on_scores(case):
@@ -373,17 +379,23 @@ def test_rrhf_equals_what_the_official_code_intended_from_logits(case, dtype, rt
     if case["length_penalty"] == 1:
         scores = sequence_logps(tokens, mask, reduce="mean")
     else:
-        rtol = max(rtol, 1e-6)                                 # L ** 0.5 is float32 in the official code
+        rtol = max(rtol, 1e-6)  # L ** 0.5 is float32 in the official code
         scores = sequence_logps(tokens, mask, reduce="sum") / mask.sum(1) ** case["length_penalty"]
     expected = case["as_intended"]
     close(scores, expected["scores"], rtol, atol)
     rank = rrhf_loss(scores[None], better_than(f64([case["rewards"]])), constraint="none")[0]
     close(rank, expected["rrhf_loss"], rtol, atol)
     weight = case["rrhf_weight"]
-    close(torch.autograd.grad(weight * rank, scores, retain_graph=True)[0],
-          expected["grad_scores_through_rank_term"], rtol, atol)
+    close(
+        torch.autograd.grad(weight * rank, scores, retain_graph=True)[0],
+        expected["grad_scores_through_rank_term"],
+        rtol,
+        atol,
+    )
     best = case["sft_index"]
-    close(sft_loss(tokens[best:best + 1], mask[best:best + 1]), case["derived_sft_masked_mean"], rtol, atol)
+    close(
+        sft_loss(tokens[best : best + 1], mask[best : best + 1]), case["derived_sft_masked_mean"], rtol, atol
+    )
     official_sft = -sequence_logps(tokens, mask, reduce="sum")[best] / case["padded_length"]
     close(grad(weight * rank + official_sft, logits)[0], expected["grad_logits"], rtol, atol)
 
@@ -424,7 +436,7 @@ def test_pro_equals_the_exact_form_of_the_official_formula_from_logits(case):
     index = torch.tensor(case["sft_index"]) + K * torch.arange(len(rewards))
     sft = case["sft_weight"] * (K - 1) ** 2 * -sums[index].mean()
     close(loss.mean() + sft, exact["total"])
-    if (ranks - official).abs().max() < 1e-7:                        # where its 1e-10 does not count
+    if (ranks - official).abs().max() < 1e-7:  # where its 1e-10 does not count
         close(grad(loss.mean() + sft, logits)[0], case["grad_logits"], rtol=1e-6, atol=1e-8)
     constant = leaf(case["scores"])
     detached = pro_loss(constant, rewards, constraint="detached")
@@ -444,13 +456,19 @@ def test_pro_on_ties_and_unsorted_rewards_reads_the_rewards_not_the_positions():
     """Rewards 0, 2, 2, 1: responses 1 and 2 each face 3 (gap 1) and 0 (gap 2), 3 faces 0 (gap 1)."""
     s = [-1.0, -0.5, -2.0, -0.25]
     e = math.exp
-    expected = (math.log(e(2 * s[1]) + e(2 * s[0]) + e(s[3])) - 2 * s[1]
-                + math.log(e(2 * s[2]) + e(2 * s[0]) + e(s[3])) - 2 * s[2]
-                + math.log(e(s[3]) + e(s[0])) - s[3])
+    expected = (
+        math.log(e(2 * s[1]) + e(2 * s[0]) + e(s[3]))
+        - 2 * s[1]
+        + math.log(e(2 * s[2]) + e(2 * s[0]) + e(s[3]))
+        - 2 * s[2]
+        + math.log(e(s[3]) + e(s[0]))
+        - s[3]
+    )
     close(pro_loss(f64([s]), f64([[0.0, 2.0, 2.0, 1.0]])), [expected])
 
 
 # -------------------------------------------------- numbers by hand, signs, identities
+
 
 def test_rrhf_by_hand():
     """Rewards 2 > 1 > 0. Wrong pairs: (0, 1) by 1.0, (0, 2) by 0.5; (1, 2) is right."""
@@ -462,7 +480,7 @@ def test_rrhf_by_hand():
     assert rrhf_loss(scores, better, constraint="boundary", margin=0.25).item() == 1.5
     low = leaf([[-1.0, -4.0]])
     loss = rrhf_loss(low, better_than(f64([[1.0, 0.0]])), constraint="boundary", margin=0.5)
-    assert loss.item() == 2.5 and grad(loss, low)[0].tolist() == [[0.0, -1.0]]   # B = -1.5 lifts it from -4
+    assert loss.item() == 2.5 and grad(loss, low)[0].tolist() == [[0.0, -1.0]]  # B = -1.5 lifts it from -4
 
 
 def test_pro_by_hand():
@@ -470,16 +488,20 @@ def test_pro_by_hand():
     s = -0.7
     close(pro_loss(f64([[s, s, s]]), f64([[3.0, 1.0, 0.0]])), [math.log(2 + math.exp(-s)) + math.log(2)])
     # boundary, K = 2, gap 1, margin 0.5: log(e^-1 + e^-2 + e^(2 * -1.5 + 2)) + 1
-    close(pro_loss(f64([[-1.0, -2.0]]), f64([[1.0, 0.0]]), constraint="boundary", margin=0.5),
-          [math.log(2 * math.exp(-1) + math.exp(-2)) + 1])
+    close(
+        pro_loss(f64([[-1.0, -2.0]]), f64([[1.0, 0.0]]), constraint="boundary", margin=0.5),
+        [math.log(2 * math.exp(-1) + math.exp(-2)) + 1],
+    )
 
 
 def test_dpo_and_ipo_by_hand():
     """beta 0.5: x = 0.5 * (-1 - -3, -4 - -2) = (1, -1): -log sigmoid(2). IPO: (2 - -2 - 1)^2."""
     logps, ref = f64([[-1.0, -4.0]]), f64([[-3.0, -2.0]])
     close(dpo_loss(logps, ref, beta=0.5), [math.log(1 + math.exp(-2))])
-    close(dpo_loss(logps, ref, beta=0.5, label_smoothing=0.25),
-          [0.75 * math.log(1 + math.exp(-2)) + 0.25 * math.log(1 + math.exp(2))])
+    close(
+        dpo_loss(logps, ref, beta=0.5, label_smoothing=0.25),
+        [0.75 * math.log(1 + math.exp(-2)) + 0.25 * math.log(1 + math.exp(2))],
+    )
     assert ipo_loss(logps, ref, beta=0.5).tolist() == [9.0]
 
 
@@ -491,7 +513,7 @@ def test_dpo_at_policy_equal_to_reference_is_ln_2():
 
 def test_ipo_is_0_at_its_target_and_pushes_back_beyond():
     ref = torch.zeros(3, 2, dtype=torch.float64)
-    logps = leaf([[5.0, 0.0], [4.0, 0.0], [6.0, 0.0]])                  # beta 0.1: the target is 5
+    logps = leaf([[5.0, 0.0], [4.0, 0.0], [6.0, 0.0]])  # beta 0.1: the target is 5
     loss = ipo_loss(logps, ref, beta=0.1)
     assert loss.tolist() == [0.0, 1.0, 1.0]
     assert grad(loss, logps)[0].sign().tolist() == [[0, 0], [-1, 1], [1, -1]]
@@ -499,9 +521,9 @@ def test_ipo_is_0_at_its_target_and_pushes_back_beyond():
 
 @every_group_loss
 def test_plain_loss_pushes_the_best_up_and_the_worst_down(name):
-    scores = leaf([[-2.0, -1.5, -1.0]])                                  # in the wrong order throughout
+    scores = leaf([[-2.0, -1.5, -1.0]])  # in the wrong order throughout
     slope = grad(group_loss(name, scores, f64([[2.0, 1.0, 0.0]]), constraint="none"), scores)[0][0]
-    assert slope[0] < 0 < slope[2]                               # descent goes against the gradient
+    assert slope[0] < 0 < slope[2]  # descent goes against the gradient
 
 
 @every_group_loss
@@ -561,8 +583,10 @@ def test_dpo_is_minus_log_sigmoid():
 def test_losses_of_score_differences_ignore_a_common_shift(name, constraint, margin):
     """True of RRHF and AFT. PRO weighs its scores differently in one sum, so a shift does change it."""
     scores, rewards, present = random_group(10)
-    before, after = (group_loss(name, s, rewards, present, constraint=constraint, margin=margin)
-                     for s in (scores, scores + 3.0))
+    before, after = (
+        group_loss(name, s, rewards, present, constraint=constraint, margin=margin)
+        for s in (scores, scores + 3.0)
+    )
     if name == "pro":
         assert (before - after).abs().max() > 0.1
     else:
@@ -570,6 +594,7 @@ def test_losses_of_score_differences_ignore_a_common_shift(name, constraint, mar
 
 
 # -------------------------------------------------- order, padding, degenerate groups, extremes
+
 
 @every_group_loss
 @every_setting
@@ -631,14 +656,18 @@ def test_scores_of_1e4_neither_overflow_nor_lose_their_gradient(name, constraint
     loss = group_loss(name, scores, rewards, constraint=constraint, margin=margin)
     slope = grad(loss, scores)[0]
     assert loss.isfinite().all() and slope.isfinite().all() and (loss >= 0).all()
-    assert loss[0] >= 1e4 and slope[0, 0] <= -0.99                       # the best is last by far: pull it up
+    assert loss[0] >= 1e4 and slope[0, 0] <= -0.99  # the best is last by far: pull it up
 
 
 @pytest.mark.parametrize("gap, plain", [(-2e4, 2e4), (2e4, 0.0)])
 def test_a_pair_2e4_apart_by_hand(gap, plain):
     scores, better = leaf([[gap / 2, -gap / 2]]), better_than(f64([[1.0, 0.0]]))
-    for loss in (aft_loss(scores, better, constraint="none"), pro_loss(scores, f64([[1.0, 0.0]])),
-                 rrhf_loss(scores, better), dpo_loss(scores, torch.zeros(1, 2), beta=1.0)):
+    for loss in (
+        aft_loss(scores, better, constraint="none"),
+        pro_loss(scores, f64([[1.0, 0.0]])),
+        rrhf_loss(scores, better),
+        dpo_loss(scores, torch.zeros(1, 2), beta=1.0),
+    ):
         assert loss.item() == plain
         assert grad(loss, scores)[0].tolist() == ([[-1.0, 1.0]] if plain else [[0.0, 0.0]])
 
@@ -685,63 +714,85 @@ def test_no_loss_changes_its_arguments():
 # -------------------------------------------------- bad input
 
 S2, B2 = torch.zeros(1, 2), torch.zeros(1, 2, 2, dtype=torch.bool)
-OVER_CONSTRAINT = [lambda **kw: aft_loss(S2, B2, **kw), lambda **kw: rrhf_loss(S2, B2, **kw),
-                   lambda **kw: pro_loss(S2, S2, **kw), lambda **kw: dpo_loss(S2, S2, beta=0.1, **kw)]
+OVER_CONSTRAINT = [
+    lambda **kw: aft_loss(S2, B2, **kw),
+    lambda **kw: rrhf_loss(S2, B2, **kw),
+    lambda **kw: pro_loss(S2, S2, **kw),
+    lambda **kw: dpo_loss(S2, S2, beta=0.1, **kw),
+]
 
 
 @pytest.mark.parametrize("loss", OVER_CONSTRAINT, ids=["aft", "rrhf", "pro", "dpo"])
-@pytest.mark.parametrize("arguments, message", [
-    ({"constraint": "clamped"}, r"constraint is 'clamped'; allowed: 'none', 'detached', 'boundary'"),
-    ({"constraint": None}, r"constraint is None"),
-    ({"constraint": "boundary"}, r"margin is None with constraint 'boundary'; it needs a finite margin >= 0"),
-    ({"constraint": "boundary", "margin": -0.1}, r"margin is -0.1"),
-    ({"constraint": "boundary", "margin": INF}, r"margin is inf"),
-    ({"constraint": "boundary", "margin": NAN}, r"margin is nan"),
-    ({"constraint": "none", "margin": 0.1}, r"with constraint 'none'; only 'boundary' takes a margin"),
-    ({"constraint": "detached", "margin": 0.0}, r"margin is 0.0 with constraint 'detached'"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"constraint": "clamped"}, r"constraint is 'clamped'; allowed: 'none', 'detached', 'boundary'"),
+        ({"constraint": None}, r"constraint is None"),
+        (
+            {"constraint": "boundary"},
+            r"margin is None with constraint 'boundary'; it needs a finite margin >= 0",
+        ),
+        ({"constraint": "boundary", "margin": -0.1}, r"margin is -0.1"),
+        ({"constraint": "boundary", "margin": INF}, r"margin is inf"),
+        ({"constraint": "boundary", "margin": NAN}, r"margin is nan"),
+        ({"constraint": "none", "margin": 0.1}, r"with constraint 'none'; only 'boundary' takes a margin"),
+        ({"constraint": "detached", "margin": 0.0}, r"margin is 0.0 with constraint 'detached'"),
+    ],
+)
 def test_constraint_and_margin_are_checked(loss, arguments, message):
     with pytest.raises(ValueError, match=message):
         loss(**arguments)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: dpo_loss(S2, S2, beta=1, label_smoothing=0.1, constraint="detached"), "0.1 with"),
-    (lambda: dpo_loss(S2, S2, beta=1, label_smoothing=0.1, constraint="boundary", margin=1.0), "'boundary'"),
-    (lambda: dpo_loss(S2, S2, beta=1, label_smoothing=1.0), r"is 1.0; it must lie in \[0, 1\)"),
-    (lambda: dpo_loss(S2, S2, beta=0.1, label_smoothing=-0.1), "label_smoothing is -0.1"),
-    (lambda: dpo_loss(S2, S2, beta=0.0), "beta is 0.0; it must be a finite number > 0"),
-    (lambda: dpo_loss(S2, S2, beta=NAN), "beta is nan"),
-    (lambda: ipo_loss(S2, S2, beta=-1.0), "beta is -1.0"),
-    (lambda: ipo_loss(S2, S2, beta=INF), "beta is inf"),
-    (lambda: sequence_logps(S2, S2 == 0, reduce="max"), "reduce is 'max'; allowed: 'sum', 'mean'"),
-    (lambda: sequence_logps(S2, S2, reduce="sum"), "loss_mask is torch.float32; a mask must be torch.bool"),
-    (lambda: sft_loss(S2, S2.long()), "loss_mask is torch.int64"),
-    (lambda: sft_loss(S2, S2 > 0), "sft_loss over 0 tokens"),
-    (lambda: sft_loss(S2, S2 == 0, n_tokens=0), "sft_loss over 0 tokens"),
-    (lambda: better_than(S2, S2), "present is torch.float32"),
-    (lambda: pro_loss(S2, S2, S2), "present is torch.float32"),
-    (lambda: aft_loss(S2, B2.float()), "better is torch.float32"),
-    (lambda: rrhf_loss(S2, B2.int()), "better is torch.int32"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: dpo_loss(S2, S2, beta=1, label_smoothing=0.1, constraint="detached"), "0.1 with"),
+        (
+            lambda: dpo_loss(S2, S2, beta=1, label_smoothing=0.1, constraint="boundary", margin=1.0),
+            "'boundary'",
+        ),
+        (lambda: dpo_loss(S2, S2, beta=1, label_smoothing=1.0), r"is 1.0; it must lie in \[0, 1\)"),
+        (lambda: dpo_loss(S2, S2, beta=0.1, label_smoothing=-0.1), "label_smoothing is -0.1"),
+        (lambda: dpo_loss(S2, S2, beta=0.0), "beta is 0.0; it must be a finite number > 0"),
+        (lambda: dpo_loss(S2, S2, beta=NAN), "beta is nan"),
+        (lambda: ipo_loss(S2, S2, beta=-1.0), "beta is -1.0"),
+        (lambda: ipo_loss(S2, S2, beta=INF), "beta is inf"),
+        (lambda: sequence_logps(S2, S2 == 0, reduce="max"), "reduce is 'max'; allowed: 'sum', 'mean'"),
+        (
+            lambda: sequence_logps(S2, S2, reduce="sum"),
+            "loss_mask is torch.float32; a mask must be torch.bool",
+        ),
+        (lambda: sft_loss(S2, S2.long()), "loss_mask is torch.int64"),
+        (lambda: sft_loss(S2, S2 > 0), "sft_loss over 0 tokens"),
+        (lambda: sft_loss(S2, S2 == 0, n_tokens=0), "sft_loss over 0 tokens"),
+        (lambda: better_than(S2, S2), "present is torch.float32"),
+        (lambda: pro_loss(S2, S2, S2), "present is torch.float32"),
+        (lambda: aft_loss(S2, B2.float()), "better is torch.float32"),
+        (lambda: rrhf_loss(S2, B2.int()), "better is torch.int32"),
+    ],
+)
 def test_bad_values_are_named(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("call, shapes", [
-    (lambda: token_logps(torch.zeros(2, 3, 5), torch.zeros(2, 4).long()), [r"\(2, 3, 5\)", r"\(2, 4\)"]),
-    (lambda: sequence_logps(S2, torch.ones(2, 4) > 0, reduce="sum"), [r"\(2, 4\)", r"\(1, 2\)"]),
-    (lambda: sft_loss(torch.zeros(2, 3), torch.ones(3).bool()), [r"\(3,\)", r"\(2, 3\)"]),
-    (lambda: better_than(torch.zeros(3)), [r"\(3,\)", r"\(B, K\)"]),
-    (lambda: better_than(torch.zeros(1, 3), torch.ones(1, 2).bool()), [r"\(1, 2\)", r"\(1, 3\)"]),
-    (lambda: aft_loss(torch.zeros(2, 3), B2), [r"\(2, 3\)", r"\(1, 2, 2\)"]),
-    (lambda: rrhf_loss(torch.zeros(2), B2), [r"\(2,\)", r"\(1, 2, 2\)"]),
-    (lambda: pro_loss(torch.zeros(2, 3), torch.zeros(2, 4)), [r"\(2, 3\)", r"\(2, 4\)"]),
-    (lambda: dpo_loss(torch.zeros(2, 3), torch.zeros(2, 3), beta=0.1), [r"\(2, 3\)", r"\(B, 2\)"]),
-    (lambda: ipo_loss(torch.zeros(4, 2), torch.zeros(3, 2), beta=0.1), [r"\(4, 2\)", r"\(3, 2\)"]),
-])
+@pytest.mark.parametrize(
+    "call, shapes",
+    [
+        (lambda: token_logps(torch.zeros(2, 3, 5), torch.zeros(2, 4).long()), [r"\(2, 3, 5\)", r"\(2, 4\)"]),
+        (lambda: sequence_logps(S2, torch.ones(2, 4) > 0, reduce="sum"), [r"\(2, 4\)", r"\(1, 2\)"]),
+        (lambda: sft_loss(torch.zeros(2, 3), torch.ones(3).bool()), [r"\(3,\)", r"\(2, 3\)"]),
+        (lambda: better_than(torch.zeros(3)), [r"\(3,\)", r"\(B, K\)"]),
+        (lambda: better_than(torch.zeros(1, 3), torch.ones(1, 2).bool()), [r"\(1, 2\)", r"\(1, 3\)"]),
+        (lambda: aft_loss(torch.zeros(2, 3), B2), [r"\(2, 3\)", r"\(1, 2, 2\)"]),
+        (lambda: rrhf_loss(torch.zeros(2), B2), [r"\(2,\)", r"\(1, 2, 2\)"]),
+        (lambda: pro_loss(torch.zeros(2, 3), torch.zeros(2, 4)), [r"\(2, 3\)", r"\(2, 4\)"]),
+        (lambda: dpo_loss(torch.zeros(2, 3), torch.zeros(2, 3), beta=0.1), [r"\(2, 3\)", r"\(B, 2\)"]),
+        (lambda: ipo_loss(torch.zeros(4, 2), torch.zeros(3, 2), beta=0.1), [r"\(4, 2\)", r"\(3, 2\)"]),
+    ],
+)
 def test_wrong_shapes_are_named(call, shapes):
     with pytest.raises(AssertionError) as error:
         call()

@@ -1,30 +1,20 @@
 """The metrics against numbers worked by hand.
 
-    Wilson       (p + z^2/2n +- z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n),  z = 1.95996
-    pass@k       1 - C(n - c, k) / C(n, k)                                       arXiv 2107.03374, Eq. 1
-    A-accuracy   rightly ordered (right, wrong) pairs / all such pairs           arXiv 2309.02144, section 2
-    perplexity   exp( - mean log p )
+Wilson       (p + z^2/2n +- z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n),  z = 1.95996
+pass@k       1 - C(n - c, k) / C(n, k)                                       arXiv 2107.03374, Eq. 1
+A-accuracy   rightly ordered (right, wrong) pairs / all such pairs           arXiv 2309.02144, section 2
+perplexity   exp( - mean log p )
 """
+
 import itertools
 import math
 
 import numpy as np
 import pytest
 
-from minicot.metrics import (
-    accuracy,
-    assessment_accuracy,
-    degeneration,
-    majority_accuracy,
-    mean_interval,
-    paired_difference,
-    pass_at_k,
-    perplexity,
-    repeated_4grams,
-    rerank_accuracy,
-    share_with_pair,
-    verdict,
-)
+from minicot.metrics import accuracy, assessment_accuracy, degeneration, majority_accuracy, mean_interval
+from minicot.metrics import paired_difference, pass_at_k, perplexity, repeated_4grams, rerank_accuracy
+from minicot.metrics import share_with_pair, verdict
 
 
 def better_of(rewards):
@@ -33,6 +23,7 @@ def better_of(rewards):
 
 
 # -------------------------------------------------- accuracy and intervals
+
 
 def test_accuracy_has_wilsons_interval():
     """8 of 10: the textbook interval is 0.490 to 0.943."""
@@ -68,14 +59,17 @@ def test_pairing_makes_the_interval_narrower_than_two_separate_ones():
     difference, low, high = paired_difference([a], [b])
     assert difference == 0.05 and low > 0.02 and high < 0.08
     assert verdict(low, high, direction="up") == "holds"
-    assert accuracy(a)[2] > accuracy(b)[1]                       # the separate intervals overlap
+    assert accuracy(a)[2] > accuracy(b)[1]  # the separate intervals overlap
 
 
 def test_bootstrap_agrees_with_the_exact_distribution_of_resamples():
     """Two seeds, two problems: all 2^2 x 2^2 resamples can be listed."""
     d = np.array([[0.0, 1.0], [2.0, 5.0]])
-    means = [d[np.ix_(rows, columns)].mean() for rows in itertools.product(range(2), repeat=2)
-             for columns in itertools.product(range(2), repeat=2)]
+    means = [
+        d[np.ix_(rows, columns)].mean()
+        for rows in itertools.product(range(2), repeat=2)
+        for columns in itertools.product(range(2), repeat=2)
+    ]
     found = mean_interval(d, resamples=40_000)
     exact = np.quantile(np.repeat(means, 1000), [0.025, 0.975])
     assert found == (2.0, pytest.approx(exact[0]), pytest.approx(exact[1]))
@@ -105,21 +99,37 @@ def test_bootstrap_is_deterministic_given_its_seed():
     assert paired_difference(a, b, seed=5) != paired_difference(a, b, seed=6)
 
 
-@pytest.mark.parametrize("low, high, expected", [
-    (0.01, 0.05, "holds"), (-0.01, 0.05, "not seen"), (-0.05, -0.01, "reversed"),
-    (0.0, 0.05, "not seen"), (-0.05, 0.0, "not seen"), (0.0, 0.0, "not seen")])
+@pytest.mark.parametrize(
+    "low, high, expected",
+    [
+        (0.01, 0.05, "holds"),
+        (-0.01, 0.05, "not seen"),
+        (-0.05, -0.01, "reversed"),
+        (0.0, 0.05, "not seen"),
+        (-0.05, 0.0, "not seen"),
+        (0.0, 0.0, "not seen"),
+    ],
+)
 def test_verdict_on_a_direction(low, high, expected):
     assert verdict(low, high, direction="up") == expected
     assert verdict(-high, -low, direction="down") == expected
 
 
-@pytest.mark.parametrize("low, high, expected", [
-    (-0.01, 0.01, "holds"), (-0.03, 0.01, "not seen"), (-0.05, -0.03, "reversed"), (-0.02, 0.01, "not seen")])
+@pytest.mark.parametrize(
+    "low, high, expected",
+    [
+        (-0.01, 0.01, "holds"),
+        (-0.03, 0.01, "not seen"),
+        (-0.05, -0.03, "reversed"),
+        (-0.02, 0.01, "not seen"),
+    ],
+)
 def test_verdict_on_level_with(low, high, expected):
     assert verdict(low, high, at_least=-0.02) == expected
 
 
 # -------------------------------------------------- K responses a problem
+
 
 def test_pass_at_k_by_hand():
     """n = 4, c = 1: pass@1 = 1/4, pass@2 = 1 - C(3,2)/C(4,2) = 1/2, pass@4 = 1."""
@@ -138,7 +148,7 @@ def test_majority_accuracy_by_hand():
     answers = [["1", "2", "2"], ["7", None, None], [None, None, None], ["3", "3.0", "4"]]
     gold = ["2", "7", "5", "3"]
     assert majority_accuracy(answers, gold) == 0.75
-    assert majority_accuracy(answers, gold, k=1) == 0.5         # "1" is wrong, no vote is wrong
+    assert majority_accuracy(answers, gold, k=1) == 0.5  # "1" is wrong, no vote is wrong
 
 
 def test_assessment_accuracy_by_hand():
@@ -164,6 +174,7 @@ def test_rerank_accuracy_by_hand():
 
 # -------------------------------------------------- degeneration
 
+
 def test_perplexity_by_hand():
     assert perplexity([[math.log(0.5), math.log(0.125)], [math.log(0.25)]]) == pytest.approx(4.0)
 
@@ -183,38 +194,42 @@ def test_degeneration_by_hand():
 
 # -------------------------------------------------- bad input
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: accuracy([]), r"correct has shape \(0,\)"),
-    (lambda: accuracy([[1, 0]]), r"shape \(1, 2\)"),
-    (lambda: accuracy([1, 0.5]), r"correct holds 0.5; allowed: 0 and 1"),
-    (lambda: accuracy([1, None]), r"correct holds nan"),
-    (lambda: paired_difference([[1, 0]], [[1, 0, 1]]), r"a is \(1, 2\) and b is \(1, 3\)"),
-    (lambda: paired_difference([[]], [[]]), r"a has shape \(1, 0\)"),
-    (lambda: paired_difference([1, 0], [1, 0]), r"a has shape \(2,\); needs \(seeds, problems\)"),
-    (lambda: mean_interval([[math.nan]]), "values holds a value that is not finite"),
-    (lambda: verdict(0.0, 1.0), "give exactly one"),
-    (lambda: verdict(0.0, 1.0, direction="up", at_least=0.0), "give exactly one"),
-    (lambda: verdict(0.0, 1.0, direction="left"), "direction is 'left'; allowed: 'up', 'down'"),
-    (lambda: verdict(1.0, 0.0, direction="up"), r"\[1.0, 0.0\] is not in order"),
-    (lambda: verdict(math.nan, 1.0, direction="up"), "not in order"),
-    (lambda: pass_at_k(4, 5, 1), "n=4, c=5, k=1"),
-    (lambda: pass_at_k(4, 1, 5), "k=5"),
-    (lambda: pass_at_k(4, 1, 0), "k=0"),
-    (lambda: majority_accuracy([], []), "0 lists of answers for 0 problems"),
-    (lambda: majority_accuracy([["1"]], ["1", "2"]), "1 lists of answers for 2 problems"),
-    (lambda: majority_accuracy([["1"], ["1"]], ["1", "1"], k=2), "majority@2 of problem 0, which has 1"),
-    (lambda: majority_accuracy([[]], ["1"]), "majority@all of problem 0, which has 0"),
-    (lambda: assessment_accuracy([[1.0, 2.0]], np.zeros((1, 3, 3), bool)), r"scores \(1, 2\) need bool"),
-    (lambda: assessment_accuracy([[1.0, 2.0]], np.zeros((1, 2, 2))), "not float64"),
-    (lambda: assessment_accuracy([[1.0, math.nan]], better_of([[1, 0]])), r"scores\[0, 1\] is nan"),
-    (lambda: share_with_pair(np.zeros((0, 2, 2), bool)), r"better is \(0, 2, 2\)"),
-    (lambda: rerank_accuracy(np.zeros((0, 2)), np.zeros((0, 2))), r"scores \(0, 2\)"),
-    (lambda: rerank_accuracy([[1.0]], [[1]], [[False]]), "problem 0 has no response"),
-    (lambda: rerank_accuracy([[1.0, math.nan]], [[1, 0]]), r"scores\[0, 1\] is nan"),
-    (lambda: perplexity([[], []]), "perplexity of no token"),
-    (lambda: degeneration([], []), "0 responses with 0 answers"),
-    (lambda: degeneration([[1]], ["1", "2"]), "1 responses with 2 answers"),
-])
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: accuracy([]), r"correct has shape \(0,\)"),
+        (lambda: accuracy([[1, 0]]), r"shape \(1, 2\)"),
+        (lambda: accuracy([1, 0.5]), r"correct holds 0.5; allowed: 0 and 1"),
+        (lambda: accuracy([1, None]), r"correct holds nan"),
+        (lambda: paired_difference([[1, 0]], [[1, 0, 1]]), r"a is \(1, 2\) and b is \(1, 3\)"),
+        (lambda: paired_difference([[]], [[]]), r"a has shape \(1, 0\)"),
+        (lambda: paired_difference([1, 0], [1, 0]), r"a has shape \(2,\); needs \(seeds, problems\)"),
+        (lambda: mean_interval([[math.nan]]), "values holds a value that is not finite"),
+        (lambda: verdict(0.0, 1.0), "give exactly one"),
+        (lambda: verdict(0.0, 1.0, direction="up", at_least=0.0), "give exactly one"),
+        (lambda: verdict(0.0, 1.0, direction="left"), "direction is 'left'; allowed: 'up', 'down'"),
+        (lambda: verdict(1.0, 0.0, direction="up"), r"\[1.0, 0.0\] is not in order"),
+        (lambda: verdict(math.nan, 1.0, direction="up"), "not in order"),
+        (lambda: pass_at_k(4, 5, 1), "n=4, c=5, k=1"),
+        (lambda: pass_at_k(4, 1, 5), "k=5"),
+        (lambda: pass_at_k(4, 1, 0), "k=0"),
+        (lambda: majority_accuracy([], []), "0 lists of answers for 0 problems"),
+        (lambda: majority_accuracy([["1"]], ["1", "2"]), "1 lists of answers for 2 problems"),
+        (lambda: majority_accuracy([["1"], ["1"]], ["1", "1"], k=2), "majority@2 of problem 0, which has 1"),
+        (lambda: majority_accuracy([[]], ["1"]), "majority@all of problem 0, which has 0"),
+        (lambda: assessment_accuracy([[1.0, 2.0]], np.zeros((1, 3, 3), bool)), r"scores \(1, 2\) need bool"),
+        (lambda: assessment_accuracy([[1.0, 2.0]], np.zeros((1, 2, 2))), "not float64"),
+        (lambda: assessment_accuracy([[1.0, math.nan]], better_of([[1, 0]])), r"scores\[0, 1\] is nan"),
+        (lambda: share_with_pair(np.zeros((0, 2, 2), bool)), r"better is \(0, 2, 2\)"),
+        (lambda: rerank_accuracy(np.zeros((0, 2)), np.zeros((0, 2))), r"scores \(0, 2\)"),
+        (lambda: rerank_accuracy([[1.0]], [[1]], [[False]]), "problem 0 has no response"),
+        (lambda: rerank_accuracy([[1.0, math.nan]], [[1, 0]]), r"scores\[0, 1\] is nan"),
+        (lambda: perplexity([[], []]), "perplexity of no token"),
+        (lambda: degeneration([], []), "0 responses with 0 answers"),
+        (lambda: degeneration([[1]], ["1", "2"]), "1 responses with 2 answers"),
+    ],
+)
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()

@@ -9,11 +9,24 @@ import transformers
 from minicot.model import KVCache, ModelConfig, Transformer, attend, attention_mask, rope_frequencies
 from minicot.weights import load_model, parse_config
 
-SIZES = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-         "rms_norm_eps": 1e-5}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 PLAIN = {"rope_type": "default", "rope_theta": 1e6}
 FAMILIES = {
     "llama": ("Llama", {}),
@@ -72,12 +85,13 @@ def padded(lengths, side):
 
 # ---- against transformers ----------------------------------------------------
 
+
 @torch.no_grad()
 def test_logits_equal_transformers_on_every_family(pair):
     theirs, ours = pair
     ids = random_ids(3, 50)
     expected = theirs(ids).logits
-    assert expected.std() > 0.3                        # else a small difference would say nothing
+    assert expected.std() > 0.3  # else a small difference would say nothing
     assert (ours(ids) - expected).abs().max() <= 1e-5
 
 
@@ -106,8 +120,15 @@ def test_greedy_ids_equal_transformers_generate_over_64_tokens(pair):
     theirs, ours = pair
     pad_mask = padded([9, 4], "left")
     ids = random_ids(2, 9, seed=3)
-    expected = theirs.generate(ids, attention_mask=pad_mask.long(), do_sample=False, max_new_tokens=64,
-                               min_new_tokens=64, pad_token_id=0, eos_token_id=None)[:, 9:]
+    expected = theirs.generate(
+        ids,
+        attention_mask=pad_mask.long(),
+        do_sample=False,
+        max_new_tokens=64,
+        min_new_tokens=64,
+        pad_token_id=0,
+        eos_token_id=None,
+    )[:, 9:]
     cache, new = KVCache(ours.config, 2, 9 + 64), []
     logits = ours.head(ours.hidden_states(ours.embed(ids), pad_mask=pad_mask, cache=cache))
     for _ in range(64):
@@ -142,6 +163,7 @@ def test_llama3_frequencies_stretch_long_waves_only():
 
 # ---- against a naive twin ----------------------------------------------------
 
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("mask", ["causal", "left", "custom", "decode"])
 def test_attention_equals_a_loop_over_rows_heads_and_queries(kv_heads, mask):
@@ -163,11 +185,12 @@ def test_attention_equals_a_loop_over_rows_heads_and_queries(kv_heads, mask):
                     assert out[n, h, t].isfinite().all()
                     continue
                 keys, values = k[n, h * kv_heads // 4, seen], v[n, h * kv_heads // 4, seen]
-                expected = torch.softmax(keys @ q[n, h, t] / 8 ** 0.5, dim=0) @ values
+                expected = torch.softmax(keys @ q[n, h, t] / 8**0.5, dim=0) @ values
                 assert torch.allclose(out[n, h, t], expected, atol=1e-12)
 
 
 # ---- its own promises ----------------------------------------------------
+
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kv_heads", [2, 4])
@@ -177,7 +200,7 @@ def test_cached_pieces_equal_one_full_forward(side, kv_heads):
     pad_mask, ids, new = padded(lengths, side), random_ids(3, 9), random_ids(3, 6, seed=1)
     cache = KVCache(model.config, 3, 15, dtype=torch.float64)
     hidden = [model.hidden_states(model.embed(ids), pad_mask=pad_mask, cache=cache)[:, -1:]]
-    for piece in (new[:, :1], new[:, 1:4], new[:, 4:]):            # one at a time and several at a time
+    for piece in (new[:, :1], new[:, 1:4], new[:, 4:]):  # one at a time and several at a time
         hidden.append(model.hidden_states(model.embed(piece), cache=cache))
     cached = model.head(torch.cat(hidden, 1))[:, 1:]
     for row in range(3):
@@ -202,7 +225,7 @@ def test_padding_changes_nothing_and_its_content_reaches_nobody(side):
 def test_right_padding_may_be_left_out_of_the_mask():
     model, pad_mask, ids = tiny(), padded([9, 5], "right"), random_ids(2, 9)
     assert torch.equal(model(ids)[pad_mask], model(ids, pad_mask=pad_mask)[pad_mask])
-    assert attention_mask(None, pad_mask, 9, 9, "cpu") is None      # so the fused kernels get is_causal
+    assert attention_mask(None, pad_mask, 9, 9, "cpu") is None  # so the fused kernels get is_causal
 
 
 @torch.no_grad()
@@ -261,13 +284,16 @@ def test_a_block_mask_does_what_the_bool_mask_does():
 
     model, ids, segment = tiny(), random_ids(1, 128), torch.arange(128) // 50
     positions = (torch.arange(128) % 50)[None]
+
     def seen(b, h, q, k):
         return (q >= k) & (segment[q] == segment[k])
 
     block = create_block_mask(seen, None, None, 128, 128, "cpu")
     mask = (segment[:, None] == segment[None]).tril()
-    ours, expected = (model.hidden_states(model.embed(ids), positions=positions, attention=attention)
-                      for attention in (block, mask))
+    ours, expected = (
+        model.hidden_states(model.embed(ids), positions=positions, attention=attention)
+        for attention in (block, mask)
+    )
     assert torch.allclose(ours, expected, atol=1e-5)
 
 
@@ -304,7 +330,7 @@ def test_float64_is_float64_all_the_way():
     cos = torch.tensor([39.0], dtype=torch.float64) * rope_frequencies(model.config, dtype=torch.float64)
     assert cos.dtype == torch.float64
     shifted = model.head(model.hidden_states(model.embed(ids), positions=torch.arange(1000, 1040)[None]))
-    assert torch.allclose(logits, shifted, atol=1e-11)      # rotary attention depends on distances only
+    assert torch.allclose(logits, shifted, atol=1e-11)  # rotary attention depends on distances only
 
 
 def test_gradient_reaches_every_parameter():
@@ -312,7 +338,7 @@ def test_gradient_reaches_every_parameter():
     logits = model(random_ids(2, 8), pad_mask=padded([8, 5], "left"))
     logits.logsumexp(-1).sum().backward()
     for name, parameter in model.named_parameters():
-        if "k_proj.bias" not in name or model.config.qk_norm:       # without a norm, softmax is blind to it
+        if "k_proj.bias" not in name or model.config.qk_norm:  # without a norm, softmax is blind to it
             assert parameter.grad.abs().sum() > 0, name
 
 

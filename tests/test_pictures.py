@@ -17,9 +17,9 @@ from minicot.answers import extract_answer, is_correct
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures, problems, teacher
 from minicot.toy.base_text import STAGES, as_files, listed, recall, seeing_rows
-from minicot.toy.pictures import (COLOURS, KINDS, LARGEST, caption_rows, cell_rows, chain, draw, glyphs,
-                                  grade, in_picture, label_steps, make_picture, make_problem, perception_rows,
-                                  read_from, reading_rows, row_of, rows, scene_of, split_of)
+from minicot.toy.pictures import COLOURS, KINDS, LARGEST, caption_rows, cell_rows, chain, draw, glyphs, grade
+from minicot.toy.pictures import in_picture, label_steps, make_picture, make_problem, perception_rows
+from minicot.toy.pictures import read_from, reading_rows, row_of, rows, scene_of, split_of
 from minicot.toy.problems import ITEMS, NAMES, WORDINGS
 
 BASE = Path(problems.__file__).parent / "base"
@@ -36,11 +36,12 @@ def kind_of(scene):
 
 # ---- what is drawn -----------------------------------------------------------------------------------------
 
+
 def find(canvas, x, y, signs, colour=None):
     """The sign whose pixels are exactly those (of a colour) in its box at (x, y); None for an empty box."""
     bitmaps = {sign: glyphs()[sign] for sign in signs}
     height, width = next(iter(bitmaps.values())).shape
-    box = canvas[y:y + height, x:x + width]
+    box = canvas[y : y + height, x : x + width]
     drawn = (box == (colour or (0, 0, 0))).all(-1)
     return next((sign for sign, bitmap in bitmaps.items() if (drawn == bitmap).all()), None)
 
@@ -58,7 +59,7 @@ def read_rows(canvas):
     for y in range(0, 64, 16):
         cells = [item_at(canvas, 16 + 8 * i, y + 8 * j) for i in range(6) for j in range(2)]
         if name_at(canvas, 1, y):
-            item, = set(cells) - {None}
+            (item,) = set(cells) - {None}
             yield name_at(canvas, 1, y), item, len(cells) - cells.count(None)
 
 
@@ -95,17 +96,27 @@ def test_every_number_name_and_thing_can_be_read_back_from_the_pixels(scenes):
 def test_names_digits_and_things_look_different_and_fit():
     """Guards against two names or things that a patch cannot tell apart."""
     assert len({glyphs()[item].tobytes() for item in ITEMS}) == len(ITEMS) == len(set(COLOURS.values()))
-    assert len({glyphs()[sign].tobytes() for sign in "ABEIJKLMNOSTVXZ0123456789"} ) >= 24      # O is 0
+    assert len({glyphs()[sign].tobytes() for sign in "ABEIJKLMNOSTVXZ0123456789"}) >= 24  # O is 0
     assert {bitmap.shape for bitmap in glyphs().values()} == {(7, 4), (7, 7)}
     assert set("".join(NAMES).upper()) <= set(glyphs()) and {len(name) for name in NAMES} == {3}
 
 
 def test_a_picture_is_the_same_on_every_call_and_in_every_process():
-    code = ("import hashlib, json; from minicot.toy.pictures import draw, rows\n"
-            "found = rows('test', 6)\n"
-            "print(json.dumps(found), [hashlib.sha256(draw(r['id']).tobytes()).hexdigest() for r in found])")
-    printed = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                              env={"PYTHONHASHSEED": seed, "PYTHONPATH": "."}).stdout for seed in ("1", "2")}
+    code = (
+        "import hashlib, json; from minicot.toy.pictures import draw, rows\n"
+        "found = rows('test', 6)\n"
+        "print(json.dumps(found), [hashlib.sha256(draw(r['id']).tobytes()).hexdigest() for r in found])"
+    )
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": "."},
+        ).stdout
+        for seed in ("1", "2")
+    }
     found = rows("test", 6)
     assert len(printed) == 1 and printed.pop().startswith(json.dumps(found))
     assert draw(found[0]["id"]).tobytes() == draw(found[0]["id"]).tobytes()
@@ -122,18 +133,34 @@ def test_the_world_in_pictures_is_the_one_that_the_shipped_base_and_the_publishe
 
 # ---- rows --------------------------------------------------------------------------------------------------
 
+
 def test_a_picture_is_asked_and_solved_word_by_word():
     row = make_problem(0, kind="bars", difficulty=2, wording="plain")
     assert row == {
-        "id": "bars-0-2", "image": "toy:bars-0-2", "difficulty": 2, "answer": "20", "shown": 3,
+        "id": "bars-0-2",
+        "image": "toy:bars-0-2",
+        "difficulty": 2,
+        "answer": "20",
+        "shown": 3,
         "question": "Lea has 7 more books than Mia. How many books do Lea and Ben have together?\n<image>",
         "solution": "Ben has 3.\nTom has 9.\nMia has 10.\nLea has 10 + 7 = 17.\n"
-                    "Together they have 17 + 3 = 20.\n#### 20",
-        "steps": ["Ben has 3.", "Tom has 9.", "Mia has 10.", "Lea has 10 + 7 = 17.",
-                  "Together they have 17 + 3 = 20."],
+        "Together they have 17 + 3 = 20.\n#### 20",
+        "steps": [
+            "Ben has 3.",
+            "Tom has 9.",
+            "Mia has 10.",
+            "Lea has 10 + 7 = 17.",
+            "Together they have 17 + 3 = 20.",
+        ],
         "caption": "Ben has 3 books. Tom has 9 books. Mia has 10 books.",
-        "facts": ["Ben has 3 books.", "Tom has 9 books.", "Mia has 10 books.",
-                  "Lea has 7 more books than Mia."], "uses": [[0], [1], [2], [2, 3], [0]]}
+        "facts": [
+            "Ben has 3 books.",
+            "Tom has 9 books.",
+            "Mia has 10 books.",
+            "Lea has 7 more books than Mia.",
+        ],
+        "uses": [[0], [1], [2], [2, 3], [0]],
+    }
 
 
 def test_every_wording_of_every_scene_is_labelled_right_and_graded_one(scenes):
@@ -153,7 +180,7 @@ def test_the_first_steps_say_what_was_read_and_each_step_names_the_facts_that_it
         assert len(row["steps"]) == len(row["uses"]) == n + row["difficulty"] == len(chain(scene))
         read = {used[0] for used in row["uses"][:n]}
         later = {place for used in row["uses"][n:] for place in used}
-        assert len({place for place in later if place < row["shown"]} & read) > 1       # one is not enough
+        assert len({place for place in later if place < row["shown"]} & read) > 1  # one is not enough
 
 
 def test_a_question_never_tells_what_the_picture_shows(scenes):
@@ -161,9 +188,10 @@ def test_a_question_never_tells_what_the_picture_shows(scenes):
         row = row_of(scene)
         for name in {q.who for q in in_picture(scene)}:
             assert f"{name} has" not in row["question"] and f"{name} owns" not in row["question"]
-        assert row["question"].startswith(" ".join(row["facts"][row["shown"]:]))
-        numbers = re.findall(r"\d+", row["question"]) + [str(q.value) for q in in_picture(scene)
-                                                         if q.item == scene.asked.item]
+        assert row["question"].startswith(" ".join(row["facts"][row["shown"] :]))
+        numbers = re.findall(r"\d+", row["question"]) + [
+            str(q.value) for q in in_picture(scene) if q.item == scene.asked.item
+        ]
         assert row["answer"] not in numbers and re.fullmatch(r"\w+( \S+)+\n<image>", row["question"])
 
 
@@ -184,7 +212,7 @@ def test_a_reading_is_how_a_solution_begins_and_computes_nothing():
     for row, reading in zip(rows("train", 200), reading_rows("train", 200)):
         reads = len(pictures.read_from(scene_of(row)))
         assert reading["solution"] == "\n".join(row["steps"][:reads]) and reading["image"] == row["image"]
-        facts, asked = " ".join(row["facts"][row["shown"]:]), scene_of(row).asked.item
+        facts, asked = " ".join(row["facts"][row["shown"] :]), scene_of(row).asked.item
         assert reading["question"] == f"{facts} How many {asked} does each have in the picture?\n<image>"
 
 
@@ -206,8 +234,9 @@ def test_what_is_recalled_stands_in_the_question(how):
     rng = random.Random(0)
     for _ in range(50):
         row = recall(rng, how)
-        told, said = (re.findall(r"([A-Z]\w+):? (?:[a-z]+ )?(\d+)( \1)?", row[key])
-                      for key in ("question", "solution"))
+        told, said = (
+            re.findall(r"([A-Z]\w+):? (?:[a-z]+ )?(\d+)( \1)?", row[key]) for key in ("question", "solution")
+        )
         assert len(said) == 2 * len(told) and len(dict(one[:2] for one in told)) == len(told) in (3, 4, 5)
         assert set(said) <= set(told) and all(bool(one[2]) == (how in ("echo", "say")) for one in told)
 
@@ -236,8 +265,10 @@ def test_half_of_the_readings_are_of_files_that_look_like_the_arrays(tmp_path):
         with Image.open(tmp_path / row["image"]) as picture:
             sizes.add(picture.size)
             small = np.asarray(picture.convert("RGB").resize((64, 64), Image.Resampling.BOX), float)
-        far = {other["id"]: abs(small - np.asarray(draw(other["id"].removesuffix("-reading")), float)).mean()
-               for other in files}
+        far = {
+            other["id"]: abs(small - np.asarray(draw(other["id"].removesuffix("-reading")), float)).mean()
+            for other in files
+        }
         assert sorted(far, key=far.get)[0] == row["id"] and 1.5 * far.pop(row["id"]) < min(far.values())
     assert len(sizes) > 20 and min(sizes)[0] >= 64 and max(sizes)[0] <= 320
 
@@ -252,8 +283,10 @@ def test_a_list_of_what_a_picture_shows_keeps_names_and_numbers_apart():
 
 
 def test_no_two_splits_share_the_numbers_of_a_picture():
-    seen = {split: {tuple(q.value for q in in_picture(scene_of(row))) for row in rows(split, 700)}
-            for split in problems.SPLITS}
+    seen = {
+        split: {tuple(q.value for q in in_picture(scene_of(row))) for row in rows(split, 700)}
+        for split in problems.SPLITS
+    }
     assert not seen["train"] & seen["test"] and not seen["train"] & seen["validation"]
     assert not seen["test"] & seen["validation"] and min(map(len, seen.values())) > 300
     counts = collections.Counter(split_of(make_picture(seed)) for seed in range(2000))
@@ -286,6 +319,7 @@ def test_what_is_no_picture_is_refused_with_what_is_allowed():
 
 # ---- the blind ---------------------------------------------------------------------------------------------
 
+
 def blind_share(scene):
     """How often the best guess is right that knows the whole question but not the picture: the share of the
     commonest answer over all numbers that the picture could show."""
@@ -298,8 +332,13 @@ def blind_share(scene):
         given = (2,) if quantity.kind == "half" else quantity.numbers
         a, b = ([grid[p] for p in quantity.of] + list(given) + [0])[:2]
         symbol = problems.FACTS[quantity.kind][0]
-        grid[place] = {"+": lambda: a + b, "-": lambda: a - b, "x": lambda: a * b, "/": lambda: a // b,
-                       None: lambda: a}[symbol]()
+        grid[place] = {
+            "+": lambda: a + b,
+            "-": lambda: a - b,
+            "x": lambda: a * b,
+            "/": lambda: a // b,
+            None: lambda: a,
+        }[symbol]()
         fair &= (grid[place] >= 2) & (grid[place] <= (problems.LARGEST if place is not None else 120))
         fair &= (a % b == 0) if symbol == "/" else True
     for place, values in grid.items():
@@ -321,6 +360,7 @@ def test_the_best_blind_guess_is_right_at_most_one_time_in_ten(kind, scenes):
 
 # ---- the oracle and the teacher ----------------------------------------------------------------------------
 
+
 def test_a_misread_number_is_a_wrong_step_and_so_is_all_that_rests_on_it(scenes):
     for scene in scenes[::3]:
         for wording in WORDINGS:
@@ -329,11 +369,11 @@ def test_a_misread_number_is_a_wrong_step_and_so_is_all_that_rests_on_it(scenes)
                 steps = list(row["steps"])
                 steps[i] = pictures.write_step(scene, quantity, wording, (quantity.value + 1,))
                 labels = label_steps(row, steps)
-                assert labels == [j != i for j in range(len(steps))], steps     # the others stand as they are
+                assert labels == [j != i for j in range(len(steps))], steps  # the others stand as they are
     row = make_problem(0, kind="table", difficulty=2, wording="plain")
     other = next(q for q in in_picture(scene_of(row)) if q.item != scene_of(row).asked.item)
     assert label_steps(row, [f"{other.who} has {other.value} {other.item}."]) == [True]
-    assert label_steps(row, [f"{other.who} has {other.value}."]) == [False]     # read in the wrong column
+    assert label_steps(row, [f"{other.who} has {other.value}."]) == [False]  # read in the wrong column
     assert label_steps(row, [f"{other.who}: {other.item} {other.value}."]) == [True]
     asked = scene_of(row).asked.item
     assert label_steps(row, [f"{other.who}: {asked} {other.value}."]) == [False]
@@ -388,11 +428,14 @@ def test_rewriting_and_unifying_keep_what_was_read(scenes):
         assert grade(row, rewritten["solution"]) == 1.0
         unified = teacher.unify(rewritten)
         assert sorted(unified["steps"]) == sorted(plain["steps"]) and grade(row, unified["solution"]) == 1.0
-        numbered = {**row, "solution": "\n".join(f"Step {i}: {s}" for i, s in enumerate(row["steps"], 1))
-                    + f"\n†Answer: {row['answer']}"}
+        numbered = {
+            **row,
+            "solution": "\n".join(f"Step {i}: {s}" for i, s in enumerate(row["steps"], 1))
+            + f"\n†Answer: {row['answer']}",
+        }
         assert teacher.unify(numbered)["solution"] == plain["solution"]
         with pytest.raises(ValueError, match="allowed: toy-"):
-            teacher.harder(row, rng)                         # another scene would need another picture
+            teacher.harder(row, rng)  # another scene would need another picture
 
 
 def test_the_base_tokenizer_has_a_token_for_each_word_of_the_pictures(scenes):

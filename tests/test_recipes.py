@@ -17,9 +17,17 @@ def cell(name, seed, share, problems=400):
     rng = random.Random(f"{name} {seed}")
     bits = [int(random.Random(p).random() * 0.5 + rng.random() * 0.5 < share) for p in range(problems)]
     pairs = [[rng.randrange(4), 3] for _ in range(50)]
-    metrics = {"accuracy": sum(bits) / problems, "majority": share, "a_train": 0.7, "a_held": 0.6,
-               "a_held_pairs": pairs, "reference_nll": 0.4, "reference_nlls": [0.4 + share / 10] * 50,
-               "missing_answers": 0.0, "repeated_4grams": 0.01}  # fmt: skip
+    metrics = {
+        "accuracy": sum(bits) / problems,
+        "majority": share,
+        "a_train": 0.7,
+        "a_held": 0.6,
+        "a_held_pairs": pairs,
+        "reference_nll": 0.4,
+        "reference_nlls": [0.4 + share / 10] * 50,
+        "missing_answers": 0.0,
+        "repeated_4grams": 0.01,
+    }
     return {
         "name": name,
         "seed": seed,
@@ -65,8 +73,11 @@ def test_the_table_has_a_row_a_cell_and_a_row_a_claim():
 
 
 def test_the_table_shows_the_grid_and_the_ablations():
-    grid = [{"name": name, "lr": lr, "margin": None, "accuracy": 0.4 + lr} for name in ("rft", "aft-none")
-            for lr in (0.01, 0.02)]  # fmt: skip
+    grid = [
+        {"name": name, "lr": lr, "margin": None, "accuracy": 0.4 + lr}
+        for name in ("rft", "aft-none")
+        for lr in (0.01, 0.02)
+    ]
     full = {**results(), "grid": grid, "ablations_one_seed": [cell("aft-detached, K = 2", 0, 0.5)]}
     lines = aft.table(full).splitlines()
     assert "| rft | 41.0% | 42.0% |" in lines
@@ -121,7 +132,7 @@ def test_a_ratio_has_no_spread_where_every_problem_has_it_and_is_not_the_mean_of
     row = lambda pairs: [{"name": "x", "seed": 0, "metrics": {"a_held_pairs": pairs}}]
     assert aft.numbers(row([[1, 2], [2, 4], [5, 10]]), "x", "a_held") == [[0.5] * 3]
     [found] = aft.numbers(row([[1, 1], [0, 3], [2, 4]]), "x", "a_held")
-    assert sum(found) / 3 == pytest.approx(3 / 8)                  # 3 of 8 pairs
+    assert sum(found) / 3 == pytest.approx(3 / 8)  # 3 of 8 pairs
     # by hand: ratio 3/8, mean pairs 8/3; (right - 3/8 n) / (8/3) = 5/8, -9/8, 1/2, each times 3/8
     assert found == pytest.approx([3 / 8 + 15 / 64, 3 / 8 - 27 / 64, 3 / 8 + 12 / 64])
 
@@ -158,4 +169,6 @@ def test_on_a_real_set_dpo_may_choose_the_written_solution():
         pairs([Samples(problem, wrong)], window=(0.001, 0.999), seed=0)
     found = pairs([aft.with_reference(Samples(problem, wrong))], window=(0.001, 0.999), seed=0)
     assert sorted([r.text for r in pair.responses] for pair in found) == [
-        [problem.solution, "#### 3"], [problem.solution, "#### 5"]]
+        [problem.solution, "#### 3"],
+        [problem.solution, "#### 5"],
+    ]

@@ -70,14 +70,15 @@ def test_rows_that_finish_make_room_for_the_next_prompts(model, n, max_rows):
     assert found == [generate(model, [p], n=n, seed=[s], **options)[0] for p, s in zip(prompts, seeds)]
     assert max(rows for rows, _ in widths) <= max(max_rows, n)
     one_after_the_other = sum(max(map(len, group)) for group in found)
-    assert max_rows < 2 * n or len(widths) < one_after_the_other     # slots are at work side by side
+    assert max_rows < 2 * n or len(widths) < one_after_the_other  # slots are at work side by side
 
 
 def test_equal_prompts_are_computed_once_but_keep_their_own_seeds(model):
     widths, embed = [], model.embed
     model.embed = lambda ids, *images: (widths.append(ids.shape), embed(ids, *images))[1]
-    found = generate(model, [PROMPTS[0]] * 4 + [PROMPTS[2]], max_new_tokens=12, stop_ids=[],
-                     seed=[1, 2, 3, 4, 5])
+    found = generate(
+        model, [PROMPTS[0]] * 4 + [PROMPTS[2]], max_new_tokens=12, stop_ids=[], seed=[1, 2, 3, 4, 5]
+    )
     del model.embed
     assert widths[0] == (2, 6) and len({tuple(ids[0]) for ids in found[:4]}) == 4
 
@@ -93,13 +94,18 @@ def test_rows_that_share_their_prompts_keys_attend_as_with_copies(model):
     shared = DecodeCache(CONFIG, 3, n, 5, steps, dtype=torch.float64, device="cpu")
     shared.admit(torch.arange(3), prefilled, lengths)
     for t in range(steps):
-        embeds = model.embed(new[:, t:t + 1])
+        embeds = model.embed(new[:, t : t + 1])
         positions = (lengths.repeat_interleave(n) + t)[:, None]
         mine = shared.begin(torch.ones(3 * n, dtype=torch.bool))
         assert torch.equal(mine, positions)
-        whole = torch.cat([prompts.repeat_interleave(n, 0), new[:, :t + 1]], 1)
-        real = torch.cat([torch.arange(5) < lengths.repeat_interleave(n)[:, None],
-                          torch.ones(3 * n, t + 1, dtype=torch.bool)], 1)
+        whole = torch.cat([prompts.repeat_interleave(n, 0), new[:, : t + 1]], 1)
+        real = torch.cat(
+            [
+                torch.arange(5) < lengths.repeat_interleave(n)[:, None],
+                torch.ones(3 * n, t + 1, dtype=torch.bool),
+            ],
+            1,
+        )
         twin = model.hidden_states(model.embed(whole), pad_mask=real)[:, -1:]
         torch.testing.assert_close(model.hidden_states(embeds, positions=mine, cache=shared), twin)
 

@@ -12,9 +12,19 @@ from minicot.losses import aft_loss, better_than, sequence_logps, token_logps
 from minicot.model import ModelConfig, Transformer
 from minicot.scoring import TwoParts, chunked_logps, common_beginning, pack, score, score_plain
 
-CONFIG = ModelConfig(model_type="llama", vocab_size=60, hidden_size=32, intermediate_size=48,
-                     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-                     max_position_embeddings=256, rms_norm_eps=1e-5, rope_theta=1e4)  # fmt: skip
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=60,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+)
 
 
 def model(dtype=torch.float32):
@@ -32,8 +42,12 @@ def groups(shape, seed=0):
     made = []
     for b, (n_prompt, lengths) in enumerate(shape):
         prompt = text(n_prompt)
-        made.append([Row(f"p{b}", prompt + text(n), n_prompt, reward=float(k == 0), correct=k == 0)
-                     for k, n in enumerate(lengths)])
+        made.append(
+            [
+                Row(f"p{b}", prompt + text(n), n_prompt, reward=float(k == 0), correct=k == 0)
+                for k, n in enumerate(lengths)
+            ]
+        )
     return made
 
 
@@ -77,8 +91,9 @@ def test_score_equals_the_plain_path_with_gradients(shape, side):
 def test_an_alignment_loss_does_not_see_which_path_ran():
     batch, losses = collate(groups(RAGGED), pad_id=0), []
     for function in (score, score_plain):
-        scores = to_groups(sequence_logps(function(model(torch.float64), batch), batch.loss_mask,
-                                          reduce="mean"), batch)
+        scores = to_groups(
+            sequence_logps(function(model(torch.float64), batch), batch.loss_mask, reduce="mean"), batch
+        )
         losses.append(aft_loss(scores, better_than(batch.rewards, batch.present)))
     torch.testing.assert_close(*losses, rtol=1e-10, atol=1e-12)
 
@@ -86,8 +101,8 @@ def test_an_alignment_loss_does_not_see_which_path_ran():
 def test_a_prompt_is_computed_once_a_group_and_padding_never():
     packed = pack(collate(groups(RAGGED), pad_id=0))
     assert packed.ids.shape == (1, (7 + 13) + (2 + 4) + (12 + 12) + (1 + 13))
-    assert packed.positions[0, :7 + 3].tolist() == list(range(10))      # positions go on from the prompt's
-    assert packed.positions[0, 10:10 + 9].tolist() == list(range(7, 16))
+    assert packed.positions[0, : 7 + 3].tolist() == list(range(10))  # positions go on from the prompt's
+    assert packed.positions[0, 10 : 10 + 9].tolist() == list(range(7, 16))
     sft = pack(collate(groups(SFT), pad_id=0))
     assert sft.ids.shape == (1, 10 + 4 + 11) and sft.prompt_at.shape == (3, 0)
 
@@ -101,8 +116,16 @@ def test_the_head_reads_only_what_predicts_a_scored_token():
 
 def test_each_token_sees_its_prompt_and_its_own_row_alone():
     packed = pack(collate(groups([(2, [1, 2]), (1, [2])]), pad_id=0))
-    expected = ["10000000", "11000000", "11100000", "11010000", "11011000",     # prompt, row 0, row 1
-                "00000100", "00000110", "00000111"]                             # the other group
+    expected = [
+        "10000000",
+        "11000000",
+        "11100000",
+        "11010000",
+        "11011000",  # prompt, row 0, row 1
+        "00000100",
+        "00000110",
+        "00000111",
+    ]  # the other group
     assert ["".join(map(str, row)) for row in packed.dense_mask().int().tolist()] == expected
 
 
@@ -110,8 +133,10 @@ def test_two_parts_and_flex_attention_agree_with_the_dense_mask():
     policy, packed = model(), pack(collate(groups(RAGGED), pad_id=0))
     attentions = [packed.dense_mask(), TwoParts(packed), packed.block_mask()]
     with torch.no_grad():
-        dense, parts, flex = (policy.hidden_states(policy.embed(packed.ids), positions=packed.positions,
-                                                   attention=attention) for attention in attentions)
+        dense, parts, flex = (
+            policy.hidden_states(policy.embed(packed.ids), positions=packed.positions, attention=attention)
+            for attention in attentions
+        )
     torch.testing.assert_close(parts, dense, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(flex, dense, rtol=1e-5, atol=1e-5)
 
@@ -120,12 +145,12 @@ def test_responses_that_begin_alike_share_no_scored_token():
     row = lambda *response: Row("p", [5, 6, *response], 2)
     packed = pack(collate([[row(7, 8, 9), row(7, 8, 4)]], pad_id=0))
     assert packed.prompt_at.tolist() == [[0, 1]]
-    assert common_beginning([[1, 2, 3], [1, 2, 3, 4]], 9) == 2             # a row keeps a token of its own
+    assert common_beginning([[1, 2, 3], [1, 2, 3, 4]], 9) == 2  # a row keeps a token of its own
     assert common_beginning([[1, 2, 3], [1, 4, 3]], 9) == 1 and common_beginning([[1, 2]], 9) == 0
 
 
 def test_prompts_that_were_tokenised_apart_share_only_what_is_equal():
-    rows = [Row("p", [5, 6, 7, 8], 3), Row("p", [5, 9, 8], 2)]            # the boundary fell otherwise
+    rows = [Row("p", [5, 6, 7, 8], 3), Row("p", [5, 9, 8], 2)]  # the boundary fell otherwise
     batch = collate([rows], pad_id=0)
     assert pack(batch).prompt_at.shape == (1, 1)
     (fast, _), (plain, _) = both(batch, torch.float64)
@@ -143,7 +168,7 @@ def test_chunks_change_neither_values_nor_gradients(chunk, monkeypatch):
         head = lambda x: x @ w.T
         if chunks:
             logps = chunked_logps(head, h, ids)
-        else:                                   # the plain twin: the shifted, all-logits path
+        else:  # the plain twin: the shifted, all-logits path
             logits, shifted = torch.cat([head(h), head(h)[:1]]), torch.cat([ids[:1], ids])
             logps = token_logps(logits[None], shifted[None])[0, 1:]
         logps.square().sum().backward()

@@ -8,18 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from minicot.data import (
-    IMAGE,
-    Problem,
-    check_pictures,
-    collate,
-    encode_row,
-    image_reader,
-    read_problems,
-    read_samples,
-    render,
-    target,
-)
+from minicot.data import IMAGE, Problem, check_pictures, collate, encode_row, image_reader, read_problems
+from minicot.data import read_samples, render, target
 from minicot.recipes.llava_diagnose import readings, save_as
 from minicot.sampling import generate, sample_groups
 from minicot.scoring import pack, score, score_plain
@@ -169,9 +159,26 @@ def test_rows_of_like_length_share_a_batch_unless_told_otherwise(folder):
     losses = {}
     for switch in ("--group-by-length", "--no-group-by-length"):
         done = script(
-            "train.py", "--init", folder, "--data", "toy-pictures", "--mode", "both", "--limit", 8, switch,
-            "--steps", 4, "--batch-size", 4, "--lr", 1e-9, "--out", switch.strip("-"), cwd=folder.parent,
-        )  # fmt: skip
+            "train.py",
+            "--init",
+            folder,
+            "--data",
+            "toy-pictures",
+            "--mode",
+            "both",
+            "--limit",
+            8,
+            switch,
+            "--steps",
+            4,
+            "--batch-size",
+            4,
+            "--lr",
+            1e-9,
+            "--out",
+            switch.strip("-"),
+            cwd=folder.parent,
+        )
         assert done.returncode == 0, done.stderr
         lines = (folder.parent / switch.strip("-") / "metrics.jsonl").read_text().splitlines()
         losses[switch] = [json.loads(line)["loss"] for line in lines]
@@ -277,8 +284,11 @@ def recalled(model, tokenizer, n=64):
         problem = Problem("a", row["question"], solution=row["solution"])
         encoded = encode_row(tokenizer, problem, row["solution"], mode="plain")
         best = model(torch.tensor([encoded.ids]))[0].argmax(-1).tolist()
-        right += [best[i - 1] == encoded.ids[i] for i in range(encoded.n_prompt, len(encoded.ids))
-                  if tokenizer.decode([encoded.ids[i]]).strip().isdigit()]  # fmt: skip
+        right += [
+            best[i - 1] == encoded.ids[i]
+            for i in range(encoded.n_prompt, len(encoded.ids))
+            if tokenizer.decode([encoded.ids[i]]).strip().isdigit()
+        ]
     return sum(right) / len(right)
 
 
@@ -306,8 +316,17 @@ def test_the_shipped_base_reads_files_of_other_sizes_and_formats_as_the_arrays(s
 def test_a_question_typed_by_hand_about_a_file_is_answered_as_about_the_array(name, tmp_path):
     row = pictures.reading_rows("test", 1, kind="bars")[0]
     pictures.draw(row["image"][4:]).resize((200, 200), Image.Resampling.NEAREST).save(tmp_path / name)
-    done = script("sample.py", "--model", "toy-vision", "--temperature", 0, "--image", tmp_path / name,
-                  row["question"], cwd=tmp_path)  # fmt: skip
+    done = script(
+        "sample.py",
+        "--model",
+        "toy-vision",
+        "--temperature",
+        0,
+        "--image",
+        tmp_path / name,
+        row["question"],
+        cwd=tmp_path,
+    )
     assert done.returncode == 0 and row["solution"] in done.stdout, done.stdout
 
 

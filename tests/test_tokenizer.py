@@ -9,14 +9,22 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 
 from minicot.tokenizer import Tokenizer
 
-TEXTS = ["Anna has 12 apples.", "  two spaces\n\nand lines ", "naïve café — ½ 🍎🍏", "",
-         "<|im_start|>user\nHi<|im_end|>"]
-MESSAGES = [{"role": "system", "content": "Be brief."},
-            {"role": "user", "content": " What is 2 < 3 & \"4\"? é "},
-            {"role": "assistant", "content": "Yes.\n"}, {"role": "user", "content": "Why?"}]
+TEXTS = [
+    "Anna has 12 apples.",
+    "  two spaces\n\nand lines ",
+    "naïve café — ½ 🍎🍏",
+    "",
+    "<|im_start|>user\nHi<|im_end|>",
+]
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": ' What is 2 < 3 & "4"? é '},
+    {"role": "assistant", "content": "Yes.\n"},
+    {"role": "user", "content": "Why?"},
+]
 TEMPLATES = {
     "bos and eos": "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m['content'] }}{{ eos_token }}\n"
-                   "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
     "blocks on their own lines": """
         {% for message in messages %}
             {% if message.role == 'system' %}
@@ -28,13 +36,13 @@ TEMPLATES = {
         {%- if add_generation_prompt %}<assistant>{% endif %}
 """,
     "tojson, namespace, break": "{% set ns = namespace(n=0) %}{% for m in messages %}"
-                                "{% set ns.n = ns.n + 1 %}"
-                                "{{ m | tojson }}{{ {'a': [1, 'é<']} | tojson(indent=2) }}"
-                                "{% if ns.n == 3 %}{% break %}{% endif %}{% endfor %}{{ ns.n }}",
+    "{% set ns.n = ns.n + 1 %}"
+    "{{ m | tojson }}{{ {'a': [1, 'é<']} | tojson(indent=2) }}"
+    "{% if ns.n == 3 %}{% break %}{% endif %}{% endfor %}{{ ns.n }}",
     "generation and date": "{{ strftime_now('%Y') }}{% for m in messages %}{% generation %}{{ m.content }}"
-                           "{% endgeneration %}{% endfor %}",
+    "{% endgeneration %}{% endfor %}",
     "absent variables": "{% if tools %}tools{% endif %}{% if tools is not none %}x{% endif %}"
-                        "{{ unk_token }}|{{ nothing }}{% if documents is defined %}d{% endif %}",
+    "{{ unk_token }}|{{ nothing }}{% if documents is defined %}d{% endif %}",
 }
 
 
@@ -54,6 +62,7 @@ def refused(folder, *parts):
 
 
 # ---- text and ids ----------------------------------------------------
+
 
 def test_ids_and_text_equal_transformers(tokenizer_folder):
     ours, theirs = Tokenizer(tokenizer_folder), transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
@@ -85,9 +94,15 @@ def llama3_like(folder):
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, "isolated"), byte_level])
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=True)
-    backend.train_from_iterator(["The answer is seven.\n\nThe answer is café.  "] * 9, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+    backend.train_from_iterator(
+        ["The answer is seven.\n\nThe answer is café.  "] * 9,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     return backend
 
 
@@ -95,11 +110,14 @@ def llama2_like(folder):
     """BPE over characters with SentencePiece's conventions: a mark before each word, bytes for the rest."""
     backend = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                         decoders.Strip(" ", 1, 0)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     special = ["<unk>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
-    backend.train_from_iterator(["The answer is seven. The answer is café. "] * 9, trainers.BpeTrainer(
-        vocab_size=330, special_tokens=special, show_progress=False))
+    backend.train_from_iterator(
+        ["The answer is seven. The answer is café. "] * 9,
+        trainers.BpeTrainer(vocab_size=330, special_tokens=special, show_progress=False),
+    )
     return backend
 
 
@@ -112,13 +130,13 @@ def test_the_boundary_of_a_pair_is_exact_at_every_cut(build, tmp_path):
     for cut in range(len(text) + 1):
         prompt, response = text[:cut], text[cut:]
         ids, n_prompt = tokenizer.encode_pair(prompt, response)
-        assert ids == tokenizer.encode(text)                            # jointly
+        assert ids == tokenizer.encode(text)  # jointly
         before, beyond = (tokenizer.decode(ids[:n], skip_special=False) for n in (n_prompt, n_prompt + 1))
-        assert prompt.startswith(before.rstrip("\ufffd"))      # what part of a character decodes to
+        assert prompt.startswith(before.rstrip("\ufffd"))  # what part of a character decodes to
         assert n_prompt == len(ids) or beyond.endswith("\ufffd") or not prompt.startswith(beyond)
         merged += before != prompt
     assert tokenizer.encode_pair(text, "") == (tokenizer.encode(text), len(tokenizer.encode(text)))
-    assert merged > 5                                                   # cuts inside tokens did occur
+    assert merged > 5  # cuts inside tokens did occur
 
 
 def test_a_token_over_the_boundary_belongs_to_the_response(tmp_path):
@@ -137,6 +155,7 @@ def test_a_token_over_the_boundary_belongs_to_the_response(tmp_path):
 
 
 # ---- special ids ----------------------------------------------------
+
 
 def test_special_ids_are_read_from_strings_and_objects(tokenizer_folder):
     tokenizer = Tokenizer(tokenizer_folder)
@@ -162,11 +181,13 @@ def test_eos_may_come_from_generation_config_alone(tokenizer_folder):
 def test_bad_folders_are_refused_in_one_line(tokenizer_folder, tmp_path):
     refused(tmp_path / "nowhere", "no tokenizer.json")
     whole = (tokenizer_folder / "tokenizer_config.json").read_text()
-    for change, parts in [({"eos_token": "</s>"}, ("eos_token '</s>'", "vocabulary")),
-                          ({"pad_token": {"content": "[PAD]"}}, ("pad_token '[PAD]'", "vocabulary")),
-                          ({"bos_token": 1}, ("bos_token 1", "neither a string nor")),
-                          ({"chat_template": [{"name": "rag", "template": ""}]}, ("no 'default'", "rag")),
-                          ({"chat_template": {"default": ""}}, ("chat_template is dict",))]:
+    for change, parts in [
+        ({"eos_token": "</s>"}, ("eos_token '</s>'", "vocabulary")),
+        ({"pad_token": {"content": "[PAD]"}}, ("pad_token '[PAD]'", "vocabulary")),
+        ({"bos_token": 1}, ("bos_token 1", "neither a string nor")),
+        ({"chat_template": [{"name": "rag", "template": ""}]}, ("no 'default'", "rag")),
+        ({"chat_template": {"default": ""}}, ("chat_template is dict",)),
+    ]:
         (tokenizer_folder / "tokenizer_config.json").write_text(whole)
         refused(edit(tokenizer_folder, **change), "tokenizer_config.json", *parts)
     (tokenizer_folder / "tokenizer_config.json").write_text(whole[:-1] + "\n,")
@@ -185,12 +206,17 @@ def test_bad_folders_are_refused_in_one_line(tokenizer_folder, tmp_path):
 
 # ---- chat ----------------------------------------------------
 
+
 def chats(folder, messages=MESSAGES):
     """((ours, transformers') without, (ours, transformers') with the generation prompt)."""
     ours, theirs = Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    return [(ours.chat_prompt(messages, add_generation_prompt=add),
-             theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=add))
-            for add in (False, True)]
+    return [
+        (
+            ours.chat_prompt(messages, add_generation_prompt=add),
+            theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=add),
+        )
+        for add in (False, True)
+    ]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -215,12 +241,18 @@ def test_a_template_file_wins_and_of_named_templates_the_default(tokenizer_folde
     assert chats(tokenizer_folder) == [("file", "file")] * 2
 
 
-@pytest.mark.parametrize("template, reason", [
-    (None, "no chat_template.jinja"),
-    ("{{ raise_exception('roles must\nalternate') }}", "roles must alternate"),
-    ("{% for %}", "chat template"), ("{{ messages[0].content + 1 }}", "chat template"),
-    ("{{ messages.append(1) }}", "unsafe"), ("{{ ''.__class__.__mro__ }}", "unsafe"),
-    ("{{ (1).x.y }}", "no attribute")])
+@pytest.mark.parametrize(
+    "template, reason",
+    [
+        (None, "no chat_template.jinja"),
+        ("{{ raise_exception('roles must\nalternate') }}", "roles must alternate"),
+        ("{% for %}", "chat template"),
+        ("{{ messages[0].content + 1 }}", "chat template"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ (1).x.y }}", "no attribute"),
+    ],
+)
 def test_an_absent_broken_or_unsafe_template_is_refused_in_one_line(template, reason, tokenizer_folder):
     tokenizer = Tokenizer(edit(tokenizer_folder, chat_template=template))
     with pytest.raises(ValueError) as caught:
@@ -230,6 +262,7 @@ def test_an_absent_broken_or_unsafe_template_is_refused_in_one_line(template, re
 
 
 # ---- files ----------------------------------------------------
+
 
 def test_saving_copies_every_file_byte_for_byte(tokenizer_folder, tmp_path):
     (tokenizer_folder / "chat_template.jinja").write_bytes(b"{{ messages }}\r\n\n")
@@ -246,7 +279,7 @@ def test_saving_copies_every_file_byte_for_byte(tokenizer_folder, tmp_path):
 def test_the_fingerprint_tells_tokenizers_and_templates_apart(tokenizer_folder, tmp_path):
     first = Tokenizer(tokenizer_folder).fingerprint
     edit(tokenizer_folder, model_max_length=5)
-    assert Tokenizer(tokenizer_folder).fingerprint == first             # changes neither ids nor prompts
+    assert Tokenizer(tokenizer_folder).fingerprint == first  # changes neither ids nor prompts
     edit(tokenizer_folder, chat_template="other")
     assert Tokenizer(tokenizer_folder).fingerprint != first
     llama3_like(tmp_path).save(str(tmp_path / "tokenizer.json"))

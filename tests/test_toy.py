@@ -16,13 +16,16 @@ from minicot.answers import extract_answer, is_correct
 from minicot.tokenizer import Tokenizer
 from minicot.toy import problems, teacher
 from minicot.toy.base_text import base_rows
-from minicot.toy.problems import (WORDINGS, Quantity, Scene, derived_by, grade, label_steps, make_problem,
-                                  make_scene, perception_questions, row_of, rows, scene_hash, scene_of,
-                                  split_of)
+from minicot.toy.problems import WORDINGS, Quantity, Scene, derived_by, grade, label_steps, make_problem
+from minicot.toy.problems import make_scene, perception_questions, row_of, rows, scene_hash, scene_of
+from minicot.toy.problems import split_of
 
 BASE = Path(problems.__file__).parent / "base"
-FACTS = (Quantity("given", "Jon", "eggs", 4, (), (4,)), Quantity("times", "Kim", "eggs", 12, (0,), (3,)),
-         Quantity("fewer", "Ben", "eggs", 8, (1,), (4,)))
+FACTS = (
+    Quantity("given", "Jon", "eggs", 4, (), (4,)),
+    Quantity("times", "Kim", "eggs", 12, (0,), (3,)),
+    Quantity("fewer", "Ben", "eggs", 8, (1,), (4,)),
+)
 CHAIN = Scene("toy-0-2-0", FACTS, Quantity("value", None, "eggs", 8, (2,)), (0, 1, 2), (0, 0, 0, 0))
 
 
@@ -70,7 +73,7 @@ def test_the_question_tells_every_fact_once_and_each_step_names_the_facts_that_i
         by_place = {scene.order.index(place) for place in scene.needed}
         assert needed <= by_place
         given = {scene.order.index(p) for p in scene.needed if scene.quantities[p].kind == "given"}
-        assert given <= needed                  # no fact that the answer needs is forgotten
+        assert given <= needed  # no fact that the answer needs is forgotten
 
 
 def test_distractors_are_told_and_never_needed(scenes):
@@ -111,8 +114,12 @@ def test_names_items_and_phrasing_do_not_change_the_split(scenes):
     swap = dict(zip(problems.NAMES, problems.NAMES[1:] + problems.NAMES[:1]))
     quantities = tuple(replace(q, who=swap[q.who], item="cups") for q in scene.quantities)
     assert len({q.item for q in scene.quantities}) == 1
-    renamed = replace(scene, quantities=quantities, phrases=tuple(1 - p for p in scene.phrases),
-                      asked=replace(scene.asked, item="cups"))
+    renamed = replace(
+        scene,
+        quantities=quantities,
+        phrases=tuple(1 - p for p in scene.phrases),
+        asked=replace(scene.asked, item="cups"),
+    )
     assert scene_hash(renamed) == scene_hash(scene)
     other = next(s for s in scenes[1:] if len(s.quantities) == len(scene.quantities))
     assert scene_hash(other) != scene_hash(scene)
@@ -126,8 +133,16 @@ def test_rows_are_the_same_list_wherever_they_start_and_stay_in_their_split():
 
 def test_another_process_makes_the_same_rows():
     code = "import json; from minicot.toy.problems import rows; print(json.dumps(rows('validation', 5)))"
-    printed = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                              env={"PYTHONHASHSEED": seed, "PYTHONPATH": "."}).stdout for seed in ("1", "2")}
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": "."},
+        ).stdout
+        for seed in ("1", "2")
+    }
     assert len(printed) == 1 and json.loads(printed.pop()) == rows("validation", 5)
 
 
@@ -143,33 +158,51 @@ def test_a_perception_question_reads_one_number_of_one_fact(scenes):
 
 # ---- the step oracle ---------------------------------------------------------------------------------------
 
+
 def test_a_scene_is_told_and_solved_word_by_word():
     row = row_of(CHAIN, wording="plain")
-    assert row["question"] == ("Jon has 4 eggs. Kim has 3 times as many eggs as Jon. "
-                               "Ben has 4 fewer eggs than Kim. How many eggs does Ben have?")
+    assert row["question"] == (
+        "Jon has 4 eggs. Kim has 3 times as many eggs as Jon. "
+        "Ben has 4 fewer eggs than Kim. How many eggs does Ben have?"
+    )
     assert row["solution"] == "Kim has 4 x 3 = 12.\nBen has 12 - 4 = 8.\n#### 8"
     assert row["uses"] == [[0, 1], [2]] and row["answer"] == "8" and row["difficulty"] == 2
 
 
-@pytest.mark.parametrize("steps, labels", [
-    (["Kim has 4 x 3 = 12.", "Ben has 12 - 4 = 8."], [1, 1]),
-    (["Step 1: Kim has 3 * 4 = 12 eggs", "Step 2: 12 − 4 = 8, so Ben has 8 eggs."], [1, 1]),
-    (["Jon has 4 eggs.", "Kim has 3 times as many eggs as Jon", "Kim has 12, since 4 × 3 = 12."], [1, 1, 1]),
-    (["4 x 3 = 12", "Kim has 12 eggs", "Kim and Jon have 12 + 4 = 16 together"], [1, 1, 1]),
-    (["4 x 3 = 12", "Kim has 12 - 4 = 8 more than Jon", "Jon has 12 - 4 = 8 fewer eggs than Kim"], [1, 1, 1]),
-    (["Kim has 4 x 3 = 13.", "Ben has 13 - 4 = 9."], [0, 0]),  # wrong result, carried on
-    (["Kim has 4 + 3 = 7.", "Ben has 7 - 4 = 3."], [0, 0]),  # right arithmetic, wrong operation
-    (["Kim has 5 x 3 = 15.", "Ben has 15 - 4 = 11."], [0, 0]),  # misread
-    (["Kim has 6 x 2 = 12.", "Ben has 12 - 4 = 8."], [0, 0]),  # right result by a wrong derivation
-    (["Ben has 12 - 4 = 8."], [0]),  # leans on a skipped step
-    (["Kim has 12."], [0]),  # a jump
-    (["Ben has 4 x 3 = 12."], [0]),  # of the wrong person
-    (["Kim has 4 x 3 = 12 cups."], [0]),  # of the wrong thing
-    (["Kim has 3 - 4 = 12", "Kim has 4 x 3 = 12.", "Ben has 4 - 12 = 8."], [0, 1, 0]),
-    (["Together they have 4 + 12 = 16."], [0]),  # nobody asked for a total: who?
-    (["Kim has 4 x 3 = 12. Ben has 12 - 4 = 8.", "hello", "", "Kim has 4 x 3 =", "Kim has 4 x = 2"], [0] * 5),
-    (["Jon has 4 / 0 = 4", "Jon has 1 + 3 = 4", "Zoe has 4", "Kim has 99999999999999999 x 3 = 12"], [0] * 4),
-])
+@pytest.mark.parametrize(
+    "steps, labels",
+    [
+        (["Kim has 4 x 3 = 12.", "Ben has 12 - 4 = 8."], [1, 1]),
+        (["Step 1: Kim has 3 * 4 = 12 eggs", "Step 2: 12 − 4 = 8, so Ben has 8 eggs."], [1, 1]),
+        (
+            ["Jon has 4 eggs.", "Kim has 3 times as many eggs as Jon", "Kim has 12, since 4 × 3 = 12."],
+            [1, 1, 1],
+        ),
+        (["4 x 3 = 12", "Kim has 12 eggs", "Kim and Jon have 12 + 4 = 16 together"], [1, 1, 1]),
+        (
+            ["4 x 3 = 12", "Kim has 12 - 4 = 8 more than Jon", "Jon has 12 - 4 = 8 fewer eggs than Kim"],
+            [1, 1, 1],
+        ),
+        (["Kim has 4 x 3 = 13.", "Ben has 13 - 4 = 9."], [0, 0]),  # wrong result, carried on
+        (["Kim has 4 + 3 = 7.", "Ben has 7 - 4 = 3."], [0, 0]),  # right arithmetic, wrong operation
+        (["Kim has 5 x 3 = 15.", "Ben has 15 - 4 = 11."], [0, 0]),  # misread
+        (["Kim has 6 x 2 = 12.", "Ben has 12 - 4 = 8."], [0, 0]),  # right result by a wrong derivation
+        (["Ben has 12 - 4 = 8."], [0]),  # leans on a skipped step
+        (["Kim has 12."], [0]),  # a jump
+        (["Ben has 4 x 3 = 12."], [0]),  # of the wrong person
+        (["Kim has 4 x 3 = 12 cups."], [0]),  # of the wrong thing
+        (["Kim has 3 - 4 = 12", "Kim has 4 x 3 = 12.", "Ben has 4 - 12 = 8."], [0, 1, 0]),
+        (["Together they have 4 + 12 = 16."], [0]),  # nobody asked for a total: who?
+        (
+            ["Kim has 4 x 3 = 12. Ben has 12 - 4 = 8.", "hello", "", "Kim has 4 x 3 =", "Kim has 4 x = 2"],
+            [0] * 5,
+        ),
+        (
+            ["Jon has 4 / 0 = 4", "Jon has 1 + 3 = 4", "Zoe has 4", "Kim has 99999999999999999 x 3 = 12"],
+            [0] * 4,
+        ),
+    ],
+)
 def test_the_oracle_labels_each_step_by_the_scene_and_the_right_steps_before(steps, labels):
     assert label_steps(CHAIN, steps) == [bool(label) for label in labels]
 
@@ -180,25 +213,28 @@ def test_every_single_number_changed_in_a_solution_is_noticed(scenes):
         row = row_of(scene, wording="so")
         for i, step in enumerate(row["steps"]):
             for match in re.finditer(r"\d+", step):
-                changed = step[:match.start()] + str(int(match[0]) + 1) + step[match.end():]
+                changed = step[: match.start()] + str(int(match[0]) + 1) + step[match.end() :]
                 assert not label_steps(row, row["steps"][:i] + [changed])[i], changed
 
 
 def test_the_grade_ranks_answers_first_and_right_steps_second():
-    ranked = ["Kim has 4 x 3 = 12.\nBen has 12 - 4 = 8.\n#### 8",
-              "Kim has 4 x 3 = 12.\nBen has 12 + 4 = 16.\n#### 8",
-              "Ben has 4 + 4 = 8.\n#### 8",
-              "Kim has 4 x 3 = 12.\nBen has 12 - 4 = 8.\n#### 9",
-              "Kim has 4 x 3 = 12.\nBen has 12 - 4 = 9.\n#### 9",
-              "Kim has 4 x 3 = 13.\nBen has 13 - 4 = 9.\n#### 9"]
+    ranked = [
+        "Kim has 4 x 3 = 12.\nBen has 12 - 4 = 8.\n#### 8",
+        "Kim has 4 x 3 = 12.\nBen has 12 + 4 = 16.\n#### 8",
+        "Ben has 4 + 4 = 8.\n#### 8",
+        "Kim has 4 x 3 = 12.\nBen has 12 - 4 = 8.\n#### 9",
+        "Kim has 4 x 3 = 12.\nBen has 12 - 4 = 9.\n#### 9",
+        "Kim has 4 x 3 = 13.\nBen has 13 - 4 = 9.\n#### 9",
+    ]
     grades = [grade(CHAIN, text) for text in ranked]
     assert grades == sorted(set(grades), reverse=True) and grades[0] == 1.0 and grades[-1] == 0.0
     assert grade(CHAIN, "#### 8") == grades[2] == 0.6 and grades[3] == pytest.approx(0.4)
-    assert grade(CHAIN, "Jon has 4 eggs.\n#### 8") == 0.6                         # true but leads nowhere
+    assert grade(CHAIN, "Jon has 4 eggs.\n#### 8") == 0.6  # true but leads nowhere
     assert grade(CHAIN, "") == 0.0
 
 
 # ---- the teacher -------------------------------------------------------------------------------------------
+
 
 def test_every_mistake_is_caught_by_the_oracle_or_the_answer_check(scenes):
     rng = random.Random(0)
@@ -248,8 +284,9 @@ def test_a_bare_answer_is_expanded_and_a_wrong_one_refused(chain_row):
 
 
 def test_other_formats_are_unified_and_mistakes_are_not_repaired(chain_row):
-    solution = ("Step 1: 4 x 3 = 12, so Kim has 12 eggs.\nStep 2: since Kim has 12,\nBen has 12 - 5 = 7\n"
-                "†Answer: 7")
+    solution = (
+        "Step 1: 4 x 3 = 12, so Kim has 12 eggs.\nStep 2: since Kim has 12,\nBen has 12 - 5 = 7\n†Answer: 7"
+    )
     unified = teacher.unify({**chain_row, "solution": solution})
     assert unified["solution"] == "Kim has 4 x 3 = 12.\nsince Kim has 12, Ben has 12 - 5 = 7\n#### 7"
     for last in ("The answer is 8.", r"\boxed{8}", "### Answer: 8"):
@@ -284,12 +321,11 @@ def test_evolved_problems_change_difficulty_by_their_word_and_are_rebuilt_from_t
             assert "no easier question" in str(error)
         else:
             assert child["difficulty"] < row["difficulty"] and grade(child["id"], child["solution"]) == 1.0
-    assert ("train", "test") in splits          # why the caller must filter by split
+    assert ("train", "test") in splits  # why the caller must filter by split
 
 
 def test_derived_by_tells_needed_from_unneeded_derivations():
-    labels, derived = derived_by(CHAIN, ["Kim has 4 x 3 = 12.",
-                                         "Kim has 12 - 4 = 8 more than Jon."])
+    labels, derived = derived_by(CHAIN, ["Kim has 4 x 3 = 12.", "Kim has 12 - 4 = 8 more than Jon."])
     assert labels == [True, True] and {q.kind for q in derived} == {"times", "difference"}
 
 

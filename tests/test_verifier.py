@@ -7,16 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minicot.data import (
-    Problem,
-    Response,
-    Samples,
-    encode_row,
-    read_problems,
-    read_samples,
-    samples_to_row,
-    truncate_words,
-)
+from minicot.data import Problem, Response, Samples, encode_row, read_problems, read_samples, samples_to_row
+from minicot.data import truncate_words
 from minicot.losses import token_logps
 from minicot.tokenizer import Tokenizer
 from minicot.training import resolve
@@ -86,9 +78,11 @@ def models(tmp_path_factory):
 def groups(n=2):
     found = []
     for problem in read_problems("toy", "train", limit=n):
-        responses = [Response(problem.solution, True, answer=problem.answer),
-                     Response("Tom has 3.\n#### 3", False, answer="3"),
-                     Response("Tom has", False, finish="length")]  # fmt: skip
+        responses = [
+            Response(problem.solution, True, answer=problem.answer),
+            Response("Tom has 3.\n#### 3", False, answer="3"),
+            Response("Tom has", False, finish="length"),
+        ]
         found.append(Samples(problem, responses))
     return found
 

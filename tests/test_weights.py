@@ -61,6 +61,7 @@ def edit_tensors(file, change):
 
 # ---- round trips ----------------------------------------------------
 
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_what_minicot_saves_transformers_loads_with_the_same_logits(family, tmp_path):
@@ -102,10 +103,10 @@ def test_loaded_weights_are_trainable_and_saving_over_their_own_folder_is_safe(f
         for parameter in model.parameters():
             assert parameter.requires_grad
             parameter.add_(1.0)
-    assert torch.equal(load_file(folder / "model.safetensors")[NAME], before)       # the mapping is private
+    assert torch.equal(load_file(folder / "model.safetensors")[NAME], before)  # the mapping is private
     save_model(model, folder)
     assert torch.equal(load_file(folder / "model.safetensors")[NAME], before + 1.0)
-    assert torch.equal(mapped.state_dict()[NAME], before)       # its file was replaced, not written into
+    assert torch.equal(mapped.state_dict()[NAME], before)  # its file was replaced, not written into
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
@@ -159,6 +160,7 @@ def test_the_frequencies_in_llama_2_files_are_checked_not_loaded(folder):
 
 
 # ---- broken folders ----------------------------------------------------
+
 
 def test_missing_extra_and_misshapen_tensors_are_named(folder):
     file = folder / "model.safetensors"
@@ -263,6 +265,7 @@ def test_absent_folders_and_configs_are_named(folder, tmp_path):
 
 # ---- configs ----------------------------------------------------
 
+
 def test_published_defaults_are_the_only_ones():
     """The whole table of what may be absent; each other field's absence is an error that names it."""
     without = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
@@ -274,8 +277,13 @@ def test_published_defaults_are_the_only_ones():
     qwen2 = parse_config(LLAMA | {"model_type": "qwen2"}, "here")
     assert qwen2.qkv_bias and not qwen2.o_bias and qwen2.head_dim == 12 and qwen2.eos_token_id is None
     assert parse_config(LLAMA | {"model_type": "mistral", "sliding_window": None}, "here").head_dim == 12
-    needed = [("mistral", "num_key_value_heads"), ("qwen2", "num_key_value_heads"), ("qwen3", "head_dim"),
-              ("mistral", "sliding_window"), *[("llama", name) for name in without if name != "model_type"]]
+    needed = [
+        ("mistral", "num_key_value_heads"),
+        ("qwen2", "num_key_value_heads"),
+        ("qwen3", "head_dim"),
+        ("mistral", "sliding_window"),
+        *[("llama", name) for name in without if name != "model_type"],
+    ]
     for family, name in needed:
         config = LLAMA | {"model_type": family, "head_dim": 12, "sliding_window": None}
         del config[name]
@@ -283,26 +291,43 @@ def test_published_defaults_are_the_only_ones():
             parse_config(config, "here")
 
 
-@pytest.mark.parametrize("family, field, value", [
-    ("llama", "model_type", "mamba"), ("llama", "model_type", None), ("llama", "hidden_act", "gelu"),
-    ("llama", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
-    ("llama", "rope_scaling", {"type": "linear"}),
-    ("llama", "rope_scaling", {"rope_type": "default", "factor": 4.0}), ("llama", "rope_scaling", "llama3"),
-    ("llama", "rope_parameters", {"rope_type": "default"}), ("llama", "rope_theta", "1e4"),
-    ("llama", "rope_scaling", {key: value for key, value in LLAMA3.items() if key != "factor"}),
-    ("llama", "attention_dropout", 0.1), ("llama", "partial_rotary_factor", 0.5),
-    ("llama", "rope_interleaved", True),
-    ("llama", "quantization_config", {"bits": 4}), ("llama", "attention_bias", "no"),
-    ("llama", "hidden_size", "48"),
-    ("llama", "hidden_size", 50), ("llama", "num_key_value_heads", 3), ("llama", "num_hidden_layers", 0),
-    ("llama", "vocab_size", True), ("llama", "rms_norm_eps", None), ("llama", "head_dim", 7),
-    ("llama", "eos_token_id", "</s>"), ("llama", "eos_token_id", [2, "x"]),
-    ("llama", "tie_word_embeddings", 1),
-    ("mistral", "sliding_window", 4096), ("mistral", "attention_bias", True),
-    ("qwen2", "use_sliding_window", True),
-    ("qwen2", "layer_types", ["full_attention", "sliding_attention"]), ("qwen3", "use_sliding_window", True),
-    ("qwen3", "head_dim", None), ("qwen3", "mlp_bias", True),
-])
+@pytest.mark.parametrize(
+    "family, field, value",
+    [
+        ("llama", "model_type", "mamba"),
+        ("llama", "model_type", None),
+        ("llama", "hidden_act", "gelu"),
+        ("llama", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("llama", "rope_scaling", {"type": "linear"}),
+        ("llama", "rope_scaling", {"rope_type": "default", "factor": 4.0}),
+        ("llama", "rope_scaling", "llama3"),
+        ("llama", "rope_parameters", {"rope_type": "default"}),
+        ("llama", "rope_theta", "1e4"),
+        ("llama", "rope_scaling", {key: value for key, value in LLAMA3.items() if key != "factor"}),
+        ("llama", "attention_dropout", 0.1),
+        ("llama", "partial_rotary_factor", 0.5),
+        ("llama", "rope_interleaved", True),
+        ("llama", "quantization_config", {"bits": 4}),
+        ("llama", "attention_bias", "no"),
+        ("llama", "hidden_size", "48"),
+        ("llama", "hidden_size", 50),
+        ("llama", "num_key_value_heads", 3),
+        ("llama", "num_hidden_layers", 0),
+        ("llama", "vocab_size", True),
+        ("llama", "rms_norm_eps", None),
+        ("llama", "head_dim", 7),
+        ("llama", "eos_token_id", "</s>"),
+        ("llama", "eos_token_id", [2, "x"]),
+        ("llama", "tie_word_embeddings", 1),
+        ("mistral", "sliding_window", 4096),
+        ("mistral", "attention_bias", True),
+        ("qwen2", "use_sliding_window", True),
+        ("qwen2", "layer_types", ["full_attention", "sliding_attention"]),
+        ("qwen3", "use_sliding_window", True),
+        ("qwen3", "head_dim", None),
+        ("qwen3", "mlp_bias", True),
+    ],
+)
 def test_a_config_that_model_py_does_not_compute_is_refused_by_field(family, field, value):
     config = LLAMA | {"model_type": family, "sliding_window": None}
     if family == "qwen3":
@@ -357,8 +382,10 @@ def test_smollm2_has_transformers_perplexity_and_knows_the_capital_of_france():
     model, tokenizer = load_model(folder, dtype=torch.float32), Tokenizer(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor([tokenizer.encode(PARAGRAPH)])
-    ours, expected = (torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).exp().item()
-                      for logits in (model(ids), theirs(ids).logits))
+    ours, expected = (
+        torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).exp().item()
+        for logits in (model(ids), theirs(ids).logits)
+    )
     print(f"perplexity {ours:.6f}, transformers {expected:.6f}, {ids.shape[1]} tokens")
     assert f"{ours:.3e}" == f"{expected:.3e}"
 

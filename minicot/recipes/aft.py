@@ -25,39 +25,13 @@ from pathlib import Path
 import torch
 
 from minicot import plots
-from minicot.data import (
-    Response,
-    collate,
-    encode_row,
-    make_groups,
-    read_problems,
-    read_samples,
-    samples_to_row,
-    target,
-    to_groups,
-)
+from minicot.data import Response, collate, encode_row, make_groups, read_problems, read_samples
+from minicot.data import samples_to_row, target, to_groups
 from minicot.losses import better_than, sequence_logps
-from minicot.metrics import (
-    assessment_accuracy,
-    paired_difference,
-    perplexity,
-    rerank_accuracy,
-    share_with_pair,
-)
-from minicot.recipes.cells import (
-    INTERVAL,
-    claims_of,
-    claims_table,
-    command,
-    from_hex,
-    judge,
-    made_by,
-    markdown,
-    pack_pairs,
-    run_cell,
-    to_hex,
-    unpack_pairs,
-)
+from minicot.metrics import assessment_accuracy, paired_difference, perplexity, rerank_accuracy
+from minicot.metrics import share_with_pair
+from minicot.recipes.cells import INTERVAL, claims_of, claims_table, command, from_hex, judge, made_by
+from minicot.recipes.cells import markdown, pack_pairs, run_cell, to_hex, unpack_pairs
 from minicot.scoring import score
 from minicot.tokenizer import Tokenizer
 from minicot.training import ROOT, weights_digest, write_json, write_jsonl
@@ -87,12 +61,32 @@ class Sizes:
 
 
 FAST = Sizes(
-    problems=120, k=6, validation=100, test=200, pool=60, votes=4, lrs=(1e-4,), margins=(0.3,), seeds=1,
-    other_margins=(0.1,), other_ks=(2,),
+    problems=120,
+    k=6,
+    validation=100,
+    test=200,
+    pool=60,
+    votes=4,
+    lrs=(1e-4,),
+    margins=(0.3,),
+    seeds=1,
+    other_margins=(0.1,),
+    other_ks=(2,),
 )
 SLICE = Sizes(
-    problems=16, k=4, epochs=1.0, batch_size=4, validation=0, test=0, pool=64, votes=1, lrs=(1e-5,),
-    margins=(0.3,), seeds=1, other_margins=(), other_ks=(),
+    problems=16,
+    k=4,
+    epochs=1.0,
+    batch_size=4,
+    validation=0,
+    test=0,
+    pool=64,
+    votes=1,
+    lrs=(1e-5,),
+    margins=(0.3,),
+    seeds=1,
+    other_margins=(),
+    other_ks=(),
 )  # of a real set on a CPU: every path once, four steps of four questions; nothing is generated after it
 
 # Written down before the run. The difference ours - other goes "up" or "down", is "level" (does not lie below
@@ -153,18 +147,37 @@ class Recipe:
     def vft(self, seed):
         """Fine-tune the base model; sample the training questions and a held-out pool from it."""
         s, a, out = self.sizes, self.args, self.folder("vft", seed)
-        train = command("train.py", "--overwrite", data=a.data, init=a.init, split=a.train_split, seed=seed,
-                        out=out / "model", **self.machine)  # fmt: skip
+        train = command(
+            "train.py",
+            "--overwrite",
+            data=a.data,
+            init=a.init,
+            split=a.train_split,
+            seed=seed,
+            out=out / "model",
+            **self.machine,
+        )
         files = (
             ("graded.jsonl", a.train_split, s.problems),
             ("graded_pool.jsonl", a.validation_split, s.pool),
         )
         pools = [
-            command("sample.py", "--overwrite", data=a.data, model=out / "model", split=split, limit=limit,
-                    n=s.k, seed=seed, out=out / file, batch_size=256,
-                    reward="steps" if self.toy else None, **self.machine)
+            command(
+                "sample.py",
+                "--overwrite",
+                data=a.data,
+                model=out / "model",
+                split=split,
+                limit=limit,
+                n=s.k,
+                seed=seed,
+                out=out / file,
+                batch_size=256,
+                reward="steps" if self.toy else None,
+                **self.machine,
+            )
             for file, split, limit in files
-        ]  # fmt: skip
+        ]
         self.run(out, [train + a.train_flags.split(), *pools])
         for graded, plain in (("graded.jsonl", "samples.jsonl"), ("graded_pool.jsonl", "pool.jsonl")):
             rows = [
@@ -195,17 +208,34 @@ class Recipe:
         folder = self.cell_folder(name, seed, lr, margin, *switches, k=k)
         method, _, constraint = name.partition("@")[0].removeprefix("rank-").partition("-")
         samples = vft / (
-            "referenced.jsonl" if method == "dpo" and not self.toy
-            else f"samples_k{k}.jsonl" if k
-            else "graded.jsonl" if name.startswith("rank-")
+            "referenced.jsonl"
+            if method == "dpo" and not self.toy
+            else f"samples_k{k}.jsonl"
+            if k
+            else "graded.jsonl"
+            if name.startswith("rank-")
             else "samples.jsonl"
-        )  # fmt: skip
+        )
         every_mixed = dict(pair_low=0.001, pair_high=0.999) if method == "dpo" else {}
         words = command(
-            "align.py", "--overwrite", *switches, method=method, constraint=constraint or "none", lr=lr,
-            margin=margin, init=vft / "model", samples=samples, epochs=s.epochs, batch_size=s.batch_size,
-            seed=seed, probe_every=0, save_every=0, out=folder / "model", **self.machine, **every_mixed,
-        )  # fmt: skip
+            "align.py",
+            "--overwrite",
+            *switches,
+            method=method,
+            constraint=constraint or "none",
+            lr=lr,
+            margin=margin,
+            init=vft / "model",
+            samples=samples,
+            epochs=s.epochs,
+            batch_size=s.batch_size,
+            seed=seed,
+            probe_every=0,
+            save_every=0,
+            out=folder / "model",
+            **self.machine,
+            **every_mixed,
+        )
         self.run(folder, [words], [samples, vft / "model" / "model.safetensors"])
         return folder
 
@@ -213,9 +243,18 @@ class Recipe:
         """Evaluate the cell's model by sample.py -> what it wrote."""
         model, out = folder / "model", folder / name / "results.json"
         words = command(
-            "sample.py", "--evaluate", data=self.args.data, model=model, split=split, limit=limit, n=n,
-            seed=seed, batch_size=256, out=out, **self.machine,
-        )  # fmt: skip
+            "sample.py",
+            "--evaluate",
+            data=self.args.data,
+            model=model,
+            split=split,
+            limit=limit,
+            n=n,
+            seed=seed,
+            batch_size=256,
+            out=out,
+            **self.machine,
+        )
         self.run(folder / name, [words], [model / "model.safetensors"])
         return json.loads(out.read_text())
 
@@ -231,8 +270,12 @@ class Recipe:
         """One method at one seed: aligned, evaluated on the test problems, assessed -> its row."""
         vft = name == "vft"
         folder = self.folder("vft", seed) if vft else self.align(name, seed, lr, margin, *switches, k=k)
-        row = {"name": name, "seed": seed, "settings": {"lr": lr, "margin": margin},
-               "metrics": self.assess(folder / "model", seed)}  # fmt: skip
+        row = {
+            "name": name,
+            "seed": seed,
+            "settings": {"lr": lr, "margin": margin},
+            "metrics": self.assess(folder / "model", seed),
+        }
         if self.sizes.test:
             test = (self.args.test_split, self.sizes.test, self.sizes.votes, seed)
             results = self.evaluate(folder, "test", *test)
@@ -264,7 +307,7 @@ class Recipe:
         found, context = {}, model.config.max_position_embeddings
         for name, file in (("train", "samples.jsonl"), ("held", "pool.jsonl")):
             samples = read_samples(self.folder("vft", seed) / file)[: self.sizes.pool]
-            told = not self.toy and all(one.problem.solution for one in samples)      # a split may have none
+            told = not self.toy and all(one.problem.solution for one in samples)  # a split may have none
             groups, _ = make_groups(tokenizer, samples, mode="cot", max_length=context, reference=told)
             tables, logps_of = [], {True: [], False: []}
             for start in range(0, len(groups), 16):
@@ -394,21 +437,31 @@ def table(results):
         if vft and name != "vft":
             difference = paired_difference(vft, numbers(cells, name, "accuracy"))
             over = INTERVAL.format(*difference)
-        line = ("| {name} | {accuracy:.1%} | {over} | {majority:.1%} | {a_train:.1%} / {a_held:.1%} "
-                "| {reference_nll:.3f} | {missing_answers:.1%} | {repeated_4grams:.1%} | {paper} |")
-        lines.append(
-            line.format(name=name, over=over, paper=PAPER.get(name, ""), **mean).replace("nan%", "")
+        line = (
+            "| {name} | {accuracy:.1%} | {over} | {majority:.1%} | {a_train:.1%} / {a_held:.1%} "
+            "| {reference_nll:.3f} | {missing_answers:.1%} | {repeated_4grams:.1%} | {paper} |"
         )
+        lines.append(line.format(name=name, over=over, paper=PAPER.get(name, ""), **mean).replace("nan%", ""))
     lines += ["", *claims_table(results["claims"])]
     if results.get("grid"):
         lines += grid_table(results["grid"])
     if results.get("ablations_one_seed"):
         first = [numbers(cells, "vft", "accuracy")[0]]
-        lines += ["", *markdown(
-            ("ablation, one seed", "accuracy", "over VFT [95 %, one seed]", "A-accuracy held-out"),
-            [(cell["name"], f"{cell['metrics']['accuracy']:.1%}",
-              INTERVAL.format(*paired_difference(first, [from_hex(cell["correct"])])),
-              f"{cell['metrics']['a_held']:.1%}") for cell in results["ablations_one_seed"]])]  # fmt: skip
+        lines += [
+            "",
+            *markdown(
+                ("ablation, one seed", "accuracy", "over VFT [95 %, one seed]", "A-accuracy held-out"),
+                [
+                    (
+                        cell["name"],
+                        f"{cell['metrics']['accuracy']:.1%}",
+                        INTERVAL.format(*paired_difference(first, [from_hex(cell["correct"])])),
+                        f"{cell['metrics']['a_held']:.1%}",
+                    )
+                    for cell in results["ablations_one_seed"]
+                ],
+            ),
+        ]
     return "\n".join(lines)
 
 
@@ -434,14 +487,23 @@ def draw(results, recipe, out):
     ]
     if vft:
         plots.differences(rows, "greedy accuracy over VFT", out / f"{recipe.root.name}_aft_differences.svg")
-    first = {cell["name"]: recipe.cell_folder(cell["name"], 0, *cell["settings"].values())
-             for cell in cells if cell["seed"] == 0}
-    logs = {name: (first[name] / "model" / "metrics.jsonl").read_text().splitlines()
-            for name in ("aft-none@twin", "aft-detached", "aft-boundary")}
-    plots.scores_over_training({name: list(map(json.loads, log)) for name, log in logs.items()},
-                               out / f"{recipe.root.name}_aft_collapse.svg")
-    plots.score_histograms({name: recipe.scores(first[name]) for name in ("vft", "aft-boundary")},
-                           out / f"{recipe.root.name}_aft_misalignment.svg")
+    first = {
+        cell["name"]: recipe.cell_folder(cell["name"], 0, *cell["settings"].values())
+        for cell in cells
+        if cell["seed"] == 0
+    }
+    logs = {
+        name: (first[name] / "model" / "metrics.jsonl").read_text().splitlines()
+        for name in ("aft-none@twin", "aft-detached", "aft-boundary")
+    }
+    plots.scores_over_training(
+        {name: list(map(json.loads, log)) for name, log in logs.items()},
+        out / f"{recipe.root.name}_aft_collapse.svg",
+    )
+    plots.score_histograms(
+        {name: recipe.scores(first[name]) for name in ("vft", "aft-boundary")},
+        out / f"{recipe.root.name}_aft_misalignment.svg",
+    )
 
 
 def slim(cells):
@@ -451,8 +513,11 @@ def slim(cells):
     needed = lambda name, key: key not in lists or (name, lists[key]) in kept
     found = []
     for cell in cells:
-        metrics = {k: round(v, 5) if isinstance(v, float) else v for k, v in cell["metrics"].items()
-                   if needed(cell["name"], k) and k != "pass"}  # fmt: skip
+        metrics = {
+            k: round(v, 5) if isinstance(v, float) else v
+            for k, v in cell["metrics"].items()
+            if needed(cell["name"], k) and k != "pass"
+        }
         if "a_held_pairs" in metrics:
             metrics["a_held_pairs"] = pack_pairs(unpack_pairs(metrics["a_held_pairs"]))
         found.append({**cell, "metrics": metrics})
@@ -497,8 +562,13 @@ def main(argv=None):
         print(table(json.loads((RESULTS / f"{name}.json").read_text())))
         return
     sizes = (FAST if args.data == "toy" else SLICE) if args.fast else Sizes()
-    given = {"seeds": args.seeds, "problems": args.problems, "k": args.samples_per, "pool": args.pool,
-             "lrs": args.lrs and tuple(map(float, args.lrs.split(",")))}  # fmt: skip
+    given = {
+        "seeds": args.seeds,
+        "problems": args.problems,
+        "k": args.samples_per,
+        "pool": args.pool,
+        "lrs": args.lrs and tuple(map(float, args.lrs.split(","))),
+    }
     sizes = replace(sizes, **{key: value for key, value in given.items() if value})
     methods = METHODS + RANKED if args.data == "toy" else METHODS
     if args.methods:
@@ -519,8 +589,8 @@ def main(argv=None):
     ]
     with ThreadPoolExecutor(args.jobs) as pool:
         tuned = [pool.submit(recipe.vft, seed) for seed in range(sizes.seeds)]
-        tuned[0].result()                                # the grid needs the first seed alone
-        grid = []                                       # a slice has one setting a method: nothing to choose
+        tuned[0].result()  # the grid needs the first seed alone
+        grid = []  # a slice has one setting a method: nothing to choose
         chosen = {method: (lr, margin) for method, lr, margin in settings}
         if len(settings) > len(methods):
             grid = list(pool.map(lambda setting: recipe.grid_cell(*setting), settings))

@@ -61,11 +61,15 @@ def _run_cell(folder, commands, inputs, fresh):
 
 def made_by(args, started):
     """What a results file says of its making; minutes of this call alone, without cells that were there."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                            check=False)  # fmt: skip
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     gpu = args.device == "cuda" and torch.cuda.get_device_name()
-    return {"commit": commit.stdout.strip(), "minutes": round((time.perf_counter() - started) / 60, 1),
-            "device": gpu or f"CPU, {args.jobs} jobs of one thread"}  # fmt: skip
+    return {
+        "commit": commit.stdout.strip(),
+        "minutes": round((time.perf_counter() - started) / 60, 1),
+        "device": gpu or f"CPU, {args.jobs} jobs of one thread",
+    }
 
 
 def claims_of(table, fields):
@@ -84,9 +88,17 @@ def markdown(head, rows):
 
 def claims_table(claims):
     """Judged claims -> the lines of their Markdown table."""
-    return markdown(("claim", "difference [95 %]", "verdict"), [
-        (f"{one['id']}. {one['text']}", "{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**one),
-         one["verdict"]) for one in claims])  # fmt: skip
+    return markdown(
+        ("claim", "difference [95 %]", "verdict"),
+        [
+            (
+                f"{one['id']}. {one['text']}",
+                "{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**one),
+                one["verdict"],
+            )
+            for one in claims
+        ],
+    )
 
 
 def to_hex(bits):

@@ -36,17 +36,23 @@ FILES = ((None, None), (192, "png"), (200, "png"), (320, "jpg"), (200, "jpg"), (
 # takes up a number that no step before gave; miscalculates; computes with another person's or another number
 # of the question, or by another operation; is not a step. "answer": the answer alone is wrong or missing.
 ERRORS = ("other column", "misread", "look-up", "arithmetic", "operand", "operation", "unreadable", "answer")
-HOLDS = {"+": lambda a, b, c: a + b == c, "-": lambda a, b, c: a - b == c, "x": lambda a, b, c: a * b == c,
-         "/": lambda a, b, c: a == b * c and b > 0}
+HOLDS = {
+    "+": lambda a, b, c: a + b == c,
+    "-": lambda a, b, c: a - b == c,
+    "x": lambda a, b, c: a * b == c,
+    "/": lambda a, b, c: a == b * c and b > 0,
+}
 EQUATION = r"({}) (\d+) ([-+x/]) (\d+) = (\d+)( more)?"
 
 
 # ---- what the base reads -----------------------------------------------------------------------------------
 
+
 def readings(model, tokenizer, reader, rows, images, root=None):
     """What the model writes, greedily, to each of some pictures.reading_rows about these images."""
-    asked = [Problem(row["id"], row["question"], image=image, image_root=root)
-             for row, image in zip(rows, images)]
+    asked = [
+        Problem(row["id"], row["question"], image=image, image_root=root) for row, image in zip(rows, images)
+    ]
     options = dict(n=1, mode="cot", style="hash", max_new_tokens=80, temperature=0.0, reader=reader, seed=0)
     return [one.responses[0].text for one in sample_groups(model, tokenizer, asked, **options)]
 
@@ -78,26 +84,29 @@ def base_table(folder, n):
 
 # ---- where chains go wrong ---------------------------------------------------------------------------------
 
+
 def first_error(problem_id, text):
     """What the first wrong step of a chain (in the wording "because") does: one of ERRORS."""
     scene, steps = pictures.scene_of(problem_id), split_steps(text)
     labels = pictures.label_steps(scene, steps)
     if False not in labels:
         return "answer"
-    step, before = steps[labels.index(False)], steps[:labels.index(False)]
+    step, before = steps[labels.index(False)], steps[: labels.index(False)]
     reading = re.fullmatch(r"(\w+): \w+ (\d+)\.", step)
     if reading:
-        others = {(one.who, str(one.value)) for one in pictures.in_picture(scene)
-                  if one.item != scene.asked.item}
+        others = {
+            (one.who, str(one.value)) for one in pictures.in_picture(scene) if one.item != scene.asked.item
+        }
         return "other column" if reading.groups() in others else "misread"
     known, _, claim = step.rpartition(", so ")
-    equation = (re.search(EQUATION.format(r"\w+ has"), claim)
-                or re.search(EQUATION.format("they have"), claim))
+    equation = re.search(EQUATION.format(r"\w+ has"), claim) or re.search(EQUATION.format("they have"), claim)
     if not equation:
         return "unreadable"
     who, a, sign, b, c, more = equation.groups()
-    if known and (not pictures.label_steps(scene, [*before, f"{known}."])[-1]
-                  or not {*map(int, re.findall(r"\d+", known))} <= {int(a), int(b)}):
+    if known and (
+        not pictures.label_steps(scene, [*before, f"{known}."])[-1]
+        or not {*map(int, re.findall(r"\d+", known))} <= {int(a), int(b)}
+    ):
         return "look-up"
     if not HOLDS[sign](int(a), int(b), int(c)):
         return "arithmetic"
@@ -115,12 +124,15 @@ def errors_table(seeds):
         for response in samples.responses:
             kind = "right" if response.correct else first_error(samples.problem.id, response.text)
             counts[samples.problem.id.split("-")[0]][kind] += 1
-    rows = [(kind, *(f"{counts[kind][one] / max(counts[kind].total(), 1):.1%}" for one in ("right", *ERRORS)))
-            for kind in pictures.KINDS]
+    rows = [
+        (kind, *(f"{counts[kind][one] / max(counts[kind].total(), 1):.1%}" for one in ("right", *ERRORS)))
+        for kind in pictures.KINDS
+    ]
     return "\n".join(markdown(("chains", "right", *ERRORS), rows))
 
 
 # ---- what the verifier's scores order ----------------------------------------------------------------------
+
 
 def answers_and_scores(samples, name):
     """Of one question's Samples the answers and the scores of this name; "short": the fewer characters the
@@ -133,8 +145,10 @@ def orders(samples, name):
     """Of the pairs of a right and a wrong chain to one question, the share in which the right one has the
     higher score, a tie one half; None where there is no pair."""
     _, scores = answers_and_scores(samples, name)
-    right, wrong = ([score for score, one in zip(scores, samples.responses) if bool(one.correct) is side]
-                    for side in (True, False))
+    right, wrong = (
+        [score for score, one in zip(scores, samples.responses) if bool(one.correct) is side]
+        for side in (True, False)
+    )
     won = [(a > b) + (a == b) / 2 for a in right for b in wrong]
     return sum(won) / len(won) if won else None
 
@@ -150,32 +164,50 @@ def orders_table(seeds, name):
     """Scored Samples, a list a seed -> what a score orders, and how well its best answer does."""
     rows, mean = [], lambda values: sum(values) / len(values) if values else float("nan")
     for seed, groups in enumerate(seeds):
-        won = {kind: [orders(one, name) for one in groups if one.problem.id.startswith(kind)]
-               for kind in pictures.KINDS}
+        won = {
+            kind: [orders(one, name) for one in groups if one.problem.id.startswith(kind)]
+            for kind in pictures.KINDS
+        }
         both = [answers_and_scores(one, name) for one in groups]
         best = [best_of_n(*one) for one in both]
         chosen = [best, [best_of_repeated(*one) for one in both], [majority_vote(one[0]) for one in both]]
-        odd = [sum(is_correct(answer, found) for answer in answers) == 1
-               for (answers, _), found in zip(both, best) if found is not None]
+        odd = [
+            sum(is_correct(answer, found) for answer in answers) == 1
+            for (answers, _), found in zip(both, best)
+            if found is not None
+        ]
         shares = [mean([one for one in won[kind] if one is not None]) for kind in pictures.KINDS]
-        shares += [mean(odd)] + [mean([is_correct(answer, one.problem.answer)
-                                       for answer, one in zip(way, groups)]) for way in chosen]
+        shares += [mean(odd)] + [
+            mean([is_correct(answer, one.problem.answer) for answer, one in zip(way, groups)])
+            for way in chosen
+        ]
         rows.append((seed, *(f"{share:.1%}" for share in shares)))
     first, *others = pictures.KINDS
-    head = (f"{name}, seed", f"right above wrong: {first}", *others, "best's answer is no other's", "best",
-            "best of repeated answers", "majority")
+    head = (
+        f"{name}, seed",
+        f"right above wrong: {first}",
+        *others,
+        "best's answer is no other's",
+        "best",
+        "best of repeated answers",
+        "majority",
+    )
     return "\n".join(markdown(head, rows))
 
 
 def betas_table(seeds, name, betas=(0.1, 1, 3, 10, 30)):
     """Scored Samples, a list a seed -> the weighted votes among all at other betas, over majority."""
-    right = lambda choose: [[float(is_correct(choose(*answers_and_scores(one, name)), one.problem.answer))
-                             for one in groups] for groups in seeds]
+    right = lambda choose: [
+        [float(is_correct(choose(*answers_and_scores(one, name)), one.problem.answer)) for one in groups]
+        for groups in seeds
+    ]
     majority = right(lambda answers, _: majority_vote(answers))
     over = lambda beta, weight: paired_difference(
-        majority, right(partial(weighted_vote, beta=beta, weight=weight)))
-    rows = [(weight, *(INTERVAL.format(*over(beta, weight)) for beta in betas))
-            for weight in ("exp", "sigmoid")]
+        majority, right(partial(weighted_vote, beta=beta, weight=weight))
+    )
+    rows = [
+        (weight, *(INTERVAL.format(*over(beta, weight)) for beta in betas)) for weight in ("exp", "sigmoid")
+    ]
     return "\n".join(markdown((f"vote by {name}, over majority", *(f"beta {beta}" for beta in betas)), rows))
 
 
@@ -191,10 +223,16 @@ def main(argv=None):
         return
     results = json.loads((RESULTS / "llava_reasoner.json").read_text())
     [lr] = {cell["settings"]["lr"] for cell in results["cells"] if cell["name"] == "dpo@cot"}
-    seeds = [read_samples(RUNS / "toy" / f"dpo-lr{lr:g}-s{seed}" / "scored-cut.jsonl")
-             for seed in range(results["sizes"]["seeds"])]
-    print(errors_table(seeds), *(orders_table(seeds, name) for name in ("dpo", "dpo-cut", "short")),
-          *(betas_table(seeds, name) for name in ("dpo", "dpo-cut")), sep="\n\n")
+    seeds = [
+        read_samples(RUNS / "toy" / f"dpo-lr{lr:g}-s{seed}" / "scored-cut.jsonl")
+        for seed in range(results["sizes"]["seeds"])
+    ]
+    print(
+        errors_table(seeds),
+        *(orders_table(seeds, name) for name in ("dpo", "dpo-cut", "short")),
+        *(betas_table(seeds, name) for name in ("dpo", "dpo-cut")),
+        sep="\n\n",
+    )
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ from minicot import plots
 from minicot.answers import extract_answer, is_correct, split_steps
 from minicot.data import Problem, image_reader, pairs, read_samples, render, samples_to_row, target
 from minicot.metrics import mean_interval, paired_difference
-from minicot.recipes.cells import (INTERVAL, claims_of, claims_table, command, from_hex, judge, made_by,
-                                   markdown, pack_pairs, run_cell, to_hex, unpack_pairs)
+from minicot.recipes.cells import INTERVAL, claims_of, claims_table, command, from_hex, judge, made_by
+from minicot.recipes.cells import markdown, pack_pairs, run_cell, to_hex, unpack_pairs
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures, teacher
 from minicot.training import ROOT, write_json, write_jsonl
@@ -65,9 +65,7 @@ class Sizes:
     seeds: int = 3
 
 
-FAST = Sizes(
-    taught=2000, steps=60, sampled=100, k=8, validation=100, test=200, pool=50, lrs=(1e-5,), seeds=1
-)
+FAST = Sizes(taught=2000, steps=60, sampled=100, k=8, validation=100, test=200, pool=50, lrs=(1e-5,), seeds=1)
 
 # id, ours, other, rule, text; a cell is <model>@<prompt>, read out greedily, "mean" the mean over both
 # prompts, "sampled" the CoT prompt at T = 1, and "<way>:<n>" a way of choosing among n samples. Written down
@@ -94,8 +92,14 @@ f2|dpo@sampled|dpo-uncut@sampled|up        |... and cut pairs more than whole on
 g1|blind@cot  |                 |below 0.15|without the picture, accuracy falls to the text prior (< 15 %)
 """
 CLAIMS = claims_of(CLAIM_TABLE, ("id", "ours", "other", "rule", "text"))
-PAPER = {"format": (65.5, 62.7), "direct": (71.1, 65.6), "cot": (69.7, 73.2), "both": (72.8, 74.4),
-         "dpo-off-policy": (73.0, 74.6), "dpo": (73.0, 75.3)}  # average over its 8 sets: direct, CoT
+PAPER = {
+    "format": (65.5, 62.7),
+    "direct": (71.1, 65.6),
+    "cot": (69.7, 73.2),
+    "both": (72.8, 74.4),
+    "dpo-off-policy": (73.0, 74.6),
+    "dpo": (73.0, 75.3),
+}  # average over its 8 sets: direct, CoT
 
 
 def distill(sizes):
@@ -106,8 +110,10 @@ def distill(sizes):
         told = teacher.teach(row, random.Random(f"teacher {row['id']}"), sizes.error_rate)
         right = is_correct(extract_answer(told["solution"], "hash"), row["answer"])
         if right:
-            kept.append({key: row[key] for key in ("id", "question", "answer", "image")}
-                        | {"solution": told["solution"]})
+            kept.append(
+                {key: row[key] for key in ("id", "question", "answer", "image")}
+                | {"solution": told["solution"]}
+            )
         counts.setdefault(told["kind"], [0, 0])[0 if right else 1] += 1
     return kept, counts
 
@@ -121,8 +127,14 @@ def mix_rows(name, taught, few):
         problem = Problem(row["id"], row["question"], row["answer"], row["solution"])
         for mode in MODES:
             if place < few or mode in own:
-                rows.append({"id": f"{row['id']}/{mode}", "question": render(problem, mode),
-                             "solution": target(problem, mode), "image": row["image"]})  # fmt: skip
+                rows.append(
+                    {
+                        "id": f"{row['id']}/{mode}",
+                        "question": render(problem, mode),
+                        "solution": target(problem, mode),
+                        "image": row["image"],
+                    }
+                )
     return rows
 
 
@@ -145,25 +157,45 @@ class Recipe:
         for name in MIXES:
             write_jsonl(self.root / f"mix-{name}.jsonl", mix_rows(name, kept, self.sizes.format_rows))
         words = [len(row["solution"].split(" ")) for row in kept]
-        self.words = round(0.9 * sum(words) / len(words))       # the paper: 90 of about 100
+        self.words = round(0.9 * sum(words) / len(words))  # the paper: 90 of about 100
 
     def mix(self, name, seed):
         """SFT of one mix -> its folder."""
         s, folder, rows = self.sizes, self.folder(name, seed), self.root / f"mix-{name}.jsonl"
         words = command(
-            "train.py", "--overwrite", "--no-group-by-length", init=self.args.init, data=rows, mode="plain",
-            steps=s.format_steps if name == "format" else s.steps, lr=s.lr, batch_size=s.batch_size,
-            save_every=0, seed=seed, out=folder / "model", device=self.args.device,
-        )  # fmt: skip
+            "train.py",
+            "--overwrite",
+            "--no-group-by-length",
+            init=self.args.init,
+            data=rows,
+            mode="plain",
+            steps=s.format_steps if name == "format" else s.steps,
+            lr=s.lr,
+            batch_size=s.batch_size,
+            save_every=0,
+            seed=seed,
+            out=folder / "model",
+            device=self.args.device,
+        )
         self.run(folder, words, [rows])
         return folder
 
     def sample(self, name, seed, split, limit):
         """K chains a question by a mix's model -> the file."""
         folder, file = self.folder(name, seed), self.folder(name, seed) / f"samples-{split}.jsonl"
-        words = command("sample.py", "--overwrite", model=folder / "model", data="toy-pictures", split=split,
-                        limit=limit, n=self.sizes.k, seed=seed, batch_size=256, out=file,
-                        device=self.args.device)  # fmt: skip
+        words = command(
+            "sample.py",
+            "--overwrite",
+            model=folder / "model",
+            data="toy-pictures",
+            split=split,
+            limit=limit,
+            n=self.sizes.k,
+            seed=seed,
+            batch_size=256,
+            out=file,
+            device=self.args.device,
+        )
         self.run(folder / f"sampling-{split}", words, [folder / "model" / "model.safetensors"])
         return file
 
@@ -178,28 +210,55 @@ class Recipe:
         for name, two in found.items():
             two = random.Random(f"{name} {seed}").sample(two, most)
             files[name] = self.folder("both", seed) / f"pairs-{name}.jsonl"
-            write_jsonl(files[name], [
-                samples_to_row(replace(pair, problem=replace(pair.problem, id=f"{pair.problem.id}/{i}")))
-                for i, pair in enumerate(two)])
+            write_jsonl(
+                files[name],
+                [
+                    samples_to_row(replace(pair, problem=replace(pair.problem, id=f"{pair.problem.id}/{i}")))
+                    for i, pair in enumerate(two)
+                ],
+            )
         return files
 
     def align(self, name, seed, lr):
         start, folder = self.folder("both", seed), self.folder(name, seed, lr)
         samples = self.files[seed]["other" if name == "dpo-off-policy" else "own"]
         words = command(
-            "align.py", "--overwrite", "--no-reference", method=name.partition("-")[0], init=start / "model",
-            samples=samples, lr=lr, batch_size=8, pair_low=0, pair_high=1, eval_limit=1, seed=seed,
-            truncate_words=None if name in ("dpo-uncut", "rft") else self.words, probe_every=0, save_every=0,
-            out=folder / "model", device=self.args.device,
-        )  # fmt: skip
+            "align.py",
+            "--overwrite",
+            "--no-reference",
+            method=name.partition("-")[0],
+            init=start / "model",
+            samples=samples,
+            lr=lr,
+            batch_size=8,
+            pair_low=0,
+            pair_high=1,
+            eval_limit=1,
+            seed=seed,
+            truncate_words=None if name in ("dpo-uncut", "rft") else self.words,
+            probe_every=0,
+            save_every=0,
+            out=folder / "model",
+            device=self.args.device,
+        )
         self.run(folder, words, [samples, start / "model" / "model.safetensors"])
         return folder
 
     def evaluate(self, folder, mode, split, limit, *switches):
         out = folder / f"{split}-{mode}{''.join(switches)}" / "results.json"
-        words = command("sample.py", "--evaluate", *switches, model=folder / "model", data="toy-pictures",
-                        split=split, limit=limit, mode=mode, batch_size=256, out=out,
-                        device=self.args.device)  # fmt: skip
+        words = command(
+            "sample.py",
+            "--evaluate",
+            *switches,
+            model=folder / "model",
+            data="toy-pictures",
+            split=split,
+            limit=limit,
+            mode=mode,
+            batch_size=256,
+            out=out,
+            device=self.args.device,
+        )
         self.run(out.parent, words, [folder / "model" / "model.safetensors"])
         return json.loads(out.read_text())
 
@@ -213,17 +272,34 @@ class Recipe:
         folder, blind = self.folder(name, seed, lr), ("--blind",) if name == "blind" else ()
         folder = self.folder("both", seed) if blind else folder
         found = {mode: self.evaluate(folder, mode, "test", self.sizes.test, *blind) for mode in MODES}
-        return [{"name": f"{name}@{mode}", "seed": seed, "settings": {"lr": lr},
-                 "metrics": results["metrics"], "correct": to_hex(results["correct"])}
-                for mode, results in found.items()]
+        return [
+            {
+                "name": f"{name}@{mode}",
+                "seed": seed,
+                "settings": {"lr": lr},
+                "metrics": results["metrics"],
+                "correct": to_hex(results["correct"]),
+            }
+            for mode, results in found.items()
+        ]
 
     def sampled(self, name, seed, lr=None):
         """8 chains a problem of the pool -> row <name>@sampled, [right, 8] of each problem."""
         folder = self.folder(name, seed, lr)
         out = folder / "test-sampled" / "samples.jsonl"
-        words = command("sample.py", "--overwrite", model=folder / "model", data="toy-pictures", split="test",
-                        limit=self.sizes.pool, n=8, seed=seed, batch_size=256, out=out,
-                        device=self.args.device)  # fmt: skip
+        words = command(
+            "sample.py",
+            "--overwrite",
+            model=folder / "model",
+            data="toy-pictures",
+            split="test",
+            limit=self.sizes.pool,
+            n=8,
+            seed=seed,
+            batch_size=256,
+            out=out,
+            device=self.args.device,
+        )
         self.run(out.parent, words, [folder / "model" / "model.safetensors"])
         right = [[sum(one.correct for one in samples.responses), 8] for samples in read_samples(out)]
         return {"name": f"{name}@sampled", "seed": seed, "settings": {"lr": lr}, "right": pack_pairs(right)}
@@ -235,12 +311,22 @@ class Recipe:
         file, sizes = self.sample("both", seed, "test", self.sizes.pool), [2**i for i in range(6)]
         for end, first in (("", None), ("-cut", self.words)):
             out = dpo / f"scored{end}.jsonl"
-            words = command("sample.py", "--overwrite", verifier=dpo / "model", ref=start / "model",
-                            samples=file, truncate_words=first, out=out, device=self.args.device)
+            words = command(
+                "sample.py",
+                "--overwrite",
+                verifier=dpo / "model",
+                ref=start / "model",
+                samples=file,
+                truncate_words=first,
+                out=out,
+                device=self.args.device,
+            )
             self.run(dpo / f"scoring{end}", words, [file, dpo / "model" / "model.safetensors"])
-            file = out                                              # which has both scores in the end
-        whole, cut = (curves(read_samples(file), name, sizes=[n for n in sizes if n <= self.sizes.k])
-                      for name in ("dpo", "dpo-cut"))
+            file = out  # which has both scores in the end
+        whole, cut = (
+            curves(read_samples(file), name, sizes=[n for n in sizes if n <= self.sizes.k])
+            for name in ("dpo", "dpo-cut")
+        )
         return {n: {**whole[n], **{f"cut {way}": cut[n][way] for way in ("best", "vote")}} for n in whole}
 
     def wrong_chains(self, seed, lr):
@@ -306,8 +392,10 @@ def slim(curves):
     """Curves as they are kept: a share for each problem at the largest n, which claims look at, else the mean
     alone."""
     kept = lambda n, shares: shares if n == max(curves) else [sum(shares) / len(shares)]
-    return {str(n): {way: [round(share, 4) for share in kept(n, shares)] for way, shares in ways.items()}
-            for n, ways in curves.items()}
+    return {
+        str(n): {way: [round(share, 4) for share in kept(n, shares)] for way, shares in ways.items()}
+        for n, ways in curves.items()
+    }
 
 
 def judge_all(results):
@@ -326,25 +414,47 @@ def table(results):
     for model in models:
         rows = {mode: numbers(results, f"{model}@{mode}") for mode in MODES}
         over = paired_difference(numbers(results, "both@cot"), rows["cot"])
-        missing = [cell["metrics"]["missing_answers"] for cell in results["cells"]
-                   if cell["name"] == f"{model}@cot"]
+        missing = [
+            cell["metrics"]["missing_answers"] for cell in results["cells"] if cell["name"] == f"{model}@cot"
+        ]
         drawn = numbers(results, f"{model}@sampled")
-        shown.append((model, f"{mean(rows['direct']):.1%}", f"{mean(rows['cot']):.1%}",
-                      "" if model == "both" else INTERVAL.format(*over),
-                      f"{mean(drawn):.1%}" if drawn else "", f"{sum(missing) / len(missing):.1%}",
-                      "{} / {}".format(*PAPER[model]) if model in PAPER else ""))
+        shown.append(
+            (
+                model,
+                f"{mean(rows['direct']):.1%}",
+                f"{mean(rows['cot']):.1%}",
+                "" if model == "both" else INTERVAL.format(*over),
+                f"{mean(drawn):.1%}" if drawn else "",
+                f"{sum(missing) / len(missing):.1%}",
+                "{} / {}".format(*PAPER[model]) if model in PAPER else "",
+            )
+        )
     sizes, ways = list(results["curves"][0]), list(results["curves"][0]["1"])
-    chosen = [(way, *(f"{mean([seed[n][way] for seed in results['curves']]):.1%}" for n in sizes))
-              for way in ways]
+    chosen = [
+        (way, *(f"{mean([seed[n][way] for seed in results['curves']]):.1%}" for n in sizes)) for way in ways
+    ]
     hit, chance, more = ("{:.1%} [{:.1%}, {:.1%}]".format(*one) for one in results["blame"])
-    head = ("model", "direct prompt", "CoT prompt", "CoT over both [95 %]", "CoT, sampled (T = 1)",
-            "no answer (CoT)", "paper: direct, CoT")
-    return "\n".join([
-        *markdown(head, shown), "",
-        *markdown(("choosing among n", *(f"n = {n}" for n in sizes)), chosen), "",
-        *claims_table(results["claims"]), "",
-        f"The lowest log-ratio of a wrong chain's steps is at its first wrong one: {hit}; by chance "
-        f"{chance}; difference {more}."])
+    head = (
+        "model",
+        "direct prompt",
+        "CoT prompt",
+        "CoT over both [95 %]",
+        "CoT, sampled (T = 1)",
+        "no answer (CoT)",
+        "paper: direct, CoT",
+    )
+    return "\n".join(
+        [
+            *markdown(head, shown),
+            "",
+            *markdown(("choosing among n", *(f"n = {n}" for n in sizes)), chosen),
+            "",
+            *claims_table(results["claims"]),
+            "",
+            f"The lowest log-ratio of a wrong chain's steps is at its first wrong one: {hit}; by chance "
+            f"{chance}; difference {more}.",
+        ]
+    )
 
 
 def main(argv=None):
@@ -371,10 +481,17 @@ def main(argv=None):
     with ThreadPoolExecutor(args.jobs) as pool:
         each = lambda function, jobs: list(pool.map(lambda job: function(*job), jobs))
         recipe.distill()
-        more = () if sizes.seeds > 1 else (("cot", 1),)         # another model, for the pairs off policy
+        more = () if sizes.seeds > 1 else (("cot", 1),)  # another model, for the pairs off policy
         each(recipe.mix, [(name, seed) for seed in seeds for name in MIXES] + list(more))
-        each(recipe.sample, [(name, seed, "train", sizes.sampled) for seed in range(max(2, sizes.seeds))
-                             for name in ("both", "cot") if recipe.folder(name, seed).exists()])
+        each(
+            recipe.sample,
+            [
+                (name, seed, "train", sizes.sampled)
+                for seed in range(max(2, sizes.seeds))
+                for name in ("both", "cot")
+                if recipe.folder(name, seed).exists()
+            ],
+        )
         recipe.files = {seed: recipe.pairs(seed) for seed in seeds}
         grid = each(recipe.validate, [(name, lr) for name in METHODS for lr in sizes.lrs])
         chosen = {}
@@ -383,8 +500,10 @@ def main(argv=None):
         each(recipe.align, [(name, seed, lr) for seed in seeds for name, lr in chosen.items()])
         models = [(name, None) for name in MIXES] + list(chosen.items()) + [("blind", None)]
         cells = each(recipe.cell, [(name, seed, lr) for name, lr in models for seed in seeds])
-        sampled = each(recipe.sampled, [(name, seed, lr) for name, lr in [("both", None), *chosen.items()]
-                                        for seed in seeds])
+        sampled = each(
+            recipe.sampled,
+            [(name, seed, lr) for name, lr in [("both", None), *chosen.items()] for seed in seeds],
+        )
         found = each(recipe.verify, [(seed, chosen["dpo"]) for seed in seeds])
     results = {
         "command": " ".join(["python -m minicot.recipes.llava_reasoner", *(argv or sys.argv[1:])]),
@@ -399,7 +518,7 @@ def main(argv=None):
         "curves": [slim(one) for one in found],
     }
     chains = [list(islice(recipe.wrong_chains(seed, chosen["dpo"]), 100)) for seed in seeds]
-    least = min(map(len, chains))                                   # an interval takes as many of each seed
+    least = min(map(len, chains))  # an interval takes as many of each seed
     if not least:
         raise ValueError("no sampled chain goes wrong after its first step")
     hits, chances = zip(*(blame(one[:least]) for one in chains))

@@ -57,26 +57,57 @@ VOCAB_SIZE = 512
 FIRST_SEED = 10_000_000  # far from the seeds that problems.rows walks through
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama", "vocab_size": VOCAB_SIZE, "hidden_size": 128,
-    "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
-    "head_dim": 32, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True,
-    "initializer_range": 0.05, "bos_token_id": None, "eos_token_id": 3, "pad_token_id": 0,
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.05,
+    "bos_token_id": None,
+    "eos_token_id": 3,
+    "pad_token_id": 0,
+}
 
 
 TOWER = {
-    "model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "image_size": pictures.SIZE, "patch_size": 2 * pictures.PATCH,
+    "model_type": "clip_vision_model",
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": pictures.SIZE,
+    "patch_size": 2 * pictures.PATCH,
     "num_channels": 3,
-    "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128, "attention_dropout": 0.0,
-    "initializer_range": 0.1, "position_initializer_range": 1.0,
-}  # fmt: skip
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "projection_dim": 128,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.1,
+    "position_initializer_range": 1.0,
+}
 PROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "resample": 4,
-    "size": {"height": pictures.SIZE, "width": pictures.SIZE}, "do_center_crop": False, "do_rescale": True,
-    "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-}  # fmt: skip
+    "image_processor_type": "CLIPImageProcessor",
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "resample": 4,
+    "size": {"height": pictures.SIZE, "width": pictures.SIZE},
+    "do_center_crop": False,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
 
 
 def arithmetic(rng):
@@ -85,23 +116,41 @@ def arithmetic(rng):
     for _ in range(rng.randint(3, 7)):
         a, b = rng.randint(2, 60), rng.randint(2, 20)
         small, factor = rng.randint(2, 20), rng.randint(2, 9)
-        found.append(rng.choice((
-            f"{a} + {b} = {a + b}", f"{a + b} - {b} = {a}", f"{a + b} - {a} = {b}",
-            f"{small} x {factor} = {small * factor}", f"{2 * small} / 2 = {small}",
-            f"half of {2 * small} is {small}",
-            f"twice {small} is {2 * small}", f"{b} more than {a} is {a + b}", f"{b} less than {a + b} is {a}",
-            f"{factor} times {small} is {small * factor}", f"{a} and {b} together are {a + b}",
-        )))  # fmt: skip
+        found.append(
+            rng.choice(
+                (
+                    f"{a} + {b} = {a + b}",
+                    f"{a + b} - {b} = {a}",
+                    f"{a + b} - {a} = {b}",
+                    f"{small} x {factor} = {small * factor}",
+                    f"{2 * small} / 2 = {small}",
+                    f"half of {2 * small} is {small}",
+                    f"twice {small} is {2 * small}",
+                    f"{b} more than {a} is {a + b}",
+                    f"{b} less than {a + b} is {a}",
+                    f"{factor} times {small} is {small * factor}",
+                    f"{a} and {b} together are {a + b}",
+                )
+            )
+        )
     return rng.choice((". ", ", ", "\n")).join(found)
 
 
 def paraphrase(rng):
     """One comparison said twice."""
     (p, q), item, n = rng.sample(NAMES, 2), rng.choice(ITEMS), rng.randint(2, 20)
-    more = [f"{p} has {n} more {item} than {q}.", f"{p} has {n} {item} more than {q}.",
-            f"{q} has {n} fewer {item} than {p}.", f"{q} has {n} {item} fewer than {p}."]  # fmt: skip
-    half = [f"{p} has twice as many {item} as {q}.", f"{p} has twice the {item} of {q}.",
-            f"{q} has half as many {item} as {p}.", f"{q} has half the {item} of {p}."]  # fmt: skip
+    more = [
+        f"{p} has {n} more {item} than {q}.",
+        f"{p} has {n} {item} more than {q}.",
+        f"{q} has {n} fewer {item} than {p}.",
+        f"{q} has {n} {item} fewer than {p}.",
+    ]
+    half = [
+        f"{p} has twice as many {item} as {q}.",
+        f"{p} has twice the {item} of {q}.",
+        f"{q} has half as many {item} as {p}.",
+        f"{q} has half the {item} of {p}.",
+    ]
     return " ".join(rng.sample(rng.choice((more, half)), 2))
 
 
@@ -132,10 +181,25 @@ STAGES = {
     "captions": (1.0, 20_000, {"caption": 1}),
     "pairs": (0.5, 0, {"echo": 1}),
     "recall": (1.4, 0, {"echo": 0.2, "say": 0.2, "plain": 0.2, "lines": 0.4}),
-    "tables": (1.5, 20_000, {"reading": 0.15, "table": 0.25, "cells": 0.25, "listed": 0.2, "number": 0.05,
-                             "caption": 0.05, "told": 0.05, "lines": 0.1}),
-    "readings": (0.9375, 60_000, {"reading": 0.5, "cells": 0.05, "listed": 0.2, "number": 0.05, "told": 0.05,
-                                  "lines": 0.1}),
+    "tables": (
+        1.5,
+        20_000,
+        {
+            "reading": 0.15,
+            "table": 0.25,
+            "cells": 0.25,
+            "listed": 0.2,
+            "number": 0.05,
+            "caption": 0.05,
+            "told": 0.05,
+            "lines": 0.1,
+        },
+    ),
+    "readings": (
+        0.9375,
+        60_000,
+        {"reading": 0.5, "cells": 0.05, "listed": 0.2, "number": 0.05, "told": 0.05, "lines": 0.1},
+    ),
     "solutions": (1.2, 90_000, {"listed": 0.45, "told": 0.15, "sums": 0.1, "lines": 0.1, "reading": 0.2}),
 }
 
@@ -144,8 +208,10 @@ def listed(row):
     """What a picture shows, the names apart from the numbers: "Tom, Ana. pens: 7, 3. cups: 4, 11." A chain
     must then look up a name's number in what it has itself written, as it must with a picture."""
     shown = pictures.in_picture(pictures.scene_of(row))
-    numbers = {item: [str(one.value) for one in shown if one.item == item] for item in
-               dict.fromkeys(one.item for one in shown)}
+    numbers = {
+        item: [str(one.value) for one in shown if one.item == item]
+        for item in dict.fromkeys(one.item for one in shown)
+    }
     names = ", ".join(dict.fromkeys(one.who for one in shown))
     return " ".join([f"{names}.", *(f"{item}: {', '.join(found)}." for item, found in numbers.items())])
 
@@ -161,10 +227,12 @@ def recall(rng, how):
     names = rng.sample(NAMES, 4 if how == "echo" else rng.randint(3, 5))
     has = {name: rng.randint(*((0, 9) if how == "echo" else (2, 20))) for name in names}
     asked = [rng.choice(names) for _ in range(2 * len(names))]
-    if how == "lines":                                      # what a chain reads, then as it uses that
+    if how == "lines":  # what a chain reads, then as it uses that
         item, has_it = rng.choice(ITEMS), [f"{p} has {has[p]}" for p in asked]
-        return {"question": "\n".join(f"{p}: {item} {has[p]}." for p in names),
-                "solution": "\n".join(f"{a} and {b}." for a, b in zip(has_it[::2], has_it[1::2]))}
+        return {
+            "question": "\n".join(f"{p}: {item} {has[p]}." for p in names),
+            "solution": "\n".join(f"{a} and {b}." for a, b in zip(has_it[::2], has_it[1::2])),
+        }
     words = {"echo": "{p} {n} {p}", "say": "{p} has {n} {p}.", "plain": "{p} has {n}."}[how]
     say = lambda who: " ".join(words.format(p=p, n=has[p]) for p in who)
     return {"question": say(names), "solution": say(asked)}
@@ -196,22 +264,40 @@ ROWS = {
     "cells": lambda k, start: pictures.cell_rows("train", k, start=start),
     "reading": lambda k, start: ask(pictures.reading_rows("train", k, start=start), THINK),
     "table": lambda k, start: ask(pictures.reading_rows("train", k, start=start, kind="table"), THINK),
-    "number": lambda k, start: ask([{**row, "solution": row["answer"]} for row in
-                                    pictures.perception_rows("train", k, start=start)], BRIEF),
+    "number": lambda k, start: ask(
+        [{**row, "solution": row["answer"]} for row in pictures.perception_rows("train", k, start=start)],
+        BRIEF,
+    ),
     "told": lambda k, start: ask(problems.rows("train", k, start=start), THINK),
-    "listed": lambda k, start: ask([{"id": f"{row['id']}-listed", "solution": row["solution"],
-                                     "question": row["question"].replace("<image>", listed(row))}
-                                    for row in pictures.rows("train", k, start=start)], THINK),
-    **{how: lambda k, start, how=how: drawn_rows(how, k, start)
-       for how in ("sums", "echo", "say", "plain", "lines")},
-}  # fmt: skip
+    "listed": lambda k, start: ask(
+        [
+            {
+                "id": f"{row['id']}-listed",
+                "solution": row["solution"],
+                "question": row["question"].replace("<image>", listed(row)),
+            }
+            for row in pictures.rows("train", k, start=start)
+        ],
+        THINK,
+    ),
+    **{
+        how: lambda k, start, how=how: drawn_rows(how, k, start)
+        for how in ("sums", "echo", "say", "plain", "lines")
+    },
+}
 
 
 def drawn_rows(how, k, start):
     """k rows of arithmetic ("sums") or recall, drawn from `start`."""
     rng = random.Random(f"{how} {start}")
-    return [{"id": f"{how}-{i}", "question": "", **({"solution": arithmetic(rng)} if how == "sums"
-                                                    else recall(rng, how))} for i in range(k)]
+    return [
+        {
+            "id": f"{how}-{i}",
+            "question": "",
+            **({"solution": arithmetic(rng)} if how == "sums" else recall(rng, how)),
+        }
+        for i in range(k)
+    ]
 
 
 def seeing_rows(n, start, shares):
@@ -263,9 +349,7 @@ def main():
     words = [
         row_of(make_scene(seed), wording=wording)["solution"] for seed in range(300) for wording in WORDINGS
     ]
-    texts = (
-        [row["solution"] for row in rows[:20_000]] + words + [THINK, BRIEF] * 300
-    )
+    texts = [row["solution"] for row in rows[:20_000]] + words + [THINK, BRIEF] * 300
     train_tokenizer(texts).save(str(args.out / "tokenizer.json"))
     files = {
         "tokenizer_config.json": {

@@ -28,9 +28,9 @@ from minicot.toy import problems
 from minicot.toy.problems import FACTS, ITEMS, LINKS, NAMES, Quantity, Scene
 
 KINDS = ("rows", "bars", "table")
-PEOPLE = {"rows": (3, 4), "bars": (3,), "table": (3,)}       # how many there are in a picture
-LARGEST = {"rows": 12, "bars": 12, "table": 20}              # the numbers in it are 2 .. this
-DIFFICULTIES, DIFFICULTY_WEIGHTS = (2, 3), (3, 1)            # operations, and how often each is drawn
+PEOPLE = {"rows": (3, 4), "bars": (3,), "table": (3,)}  # how many there are in a picture
+LARGEST = {"rows": 12, "bars": 12, "table": 20}  # the numbers in it are 2 .. this
+DIFFICULTIES, DIFFICULTY_WEIGHTS = (2, 3), (3, 1)  # operations, and how often each is drawn
 SIZE, PATCH = 64, 8
 # Where the picture stands in a question: behind the words. So it is always equally far from the response,
 # whatever the question's length, and a small model that has learned to read captions reads here too.
@@ -38,8 +38,14 @@ PLACEHOLDER = "\n<image>"
 CAPTION_QUESTION = "How many does each have?" + PLACEHOLDER
 
 # How a step says what was read, for each of problems.WORDINGS. {p} owner, {c} number, {i} item.
-READINGS = {"plain": "{p} has {c}.", "items": "{p} has {c} {i}.", "so": "{p} has {c} {i}.",
-            "colon": "{p}: {c}", "bare": "{p}: {c}", "because": "{p}: {i} {c}."}
+READINGS = {
+    "plain": "{p} has {c}.",
+    "items": "{p} has {c} {i}.",
+    "so": "{p} has {c} {i}.",
+    "colon": "{p}: {c}",
+    "bare": "{p}: {c}",
+    "because": "{p}: {i} {c}.",
+}
 # What a small model must find by its name has that name just before it. "Mia: pears 6.": a table's column is
 # found by the thing. "Mia has 6, so Sam has 6 / 2 = 3.": a number read before is found by its owner; in the
 # wordings of problems.py it comes at once, by a name that is itself still to be found in the question.
@@ -73,11 +79,27 @@ THINGS = """
 ..#.#.. .#####. ####### .#####. ..###.. ..###.. #...... .#####. .###... ..###..
 """
 BLACK, GREY, WHITE = (0, 0, 0), (200, 200, 200), (255, 255, 255)
-COLOURS = dict(zip(ITEMS, ((210, 30, 40), (60, 160, 50), (40, 80, 200), (130, 50, 170), (200, 150, 0),
-                           (230, 110, 160), (60, 60, 70), (190, 150, 110), (120, 70, 30), (240, 120, 20))))
+COLOURS = dict(
+    zip(
+        ITEMS,
+        (
+            (210, 30, 40),
+            (60, 160, 50),
+            (40, 80, 200),
+            (130, 50, 170),
+            (200, 150, 0),
+            (230, 110, 160),
+            (60, 60, 70),
+            (190, 150, 110),
+            (120, 70, 30),
+            (240, 120, 20),
+        ),
+    )
+)
 
 
 # ---- scenes ------------------------------------------------------------------------------------------------
+
 
 def make_picture(seed: int, kind: str | None = None, difficulty: int | None = None) -> Scene:
     """The scene of a seed: a picture of a `kind` (of KINDS; None draws one) and a question of `difficulty`
@@ -87,10 +109,12 @@ def make_picture(seed: int, kind: str | None = None, difficulty: int | None = No
     drawn = draw_one.choice(KINDS), draw_one.choices(DIFFICULTIES, DIFFICULTY_WEIGHTS)[0]
     kind, difficulty = kind or drawn[0], drawn[1] if difficulty is None else difficulty
     if kind not in KINDS or difficulty not in (1, 2, 3):
-        raise ValueError(f"toy picture {seed}: kind {kind!r}, difficulty {difficulty}; allowed: "
-                         f"{', '.join(KINDS)} and 1 to 3")
+        raise ValueError(
+            f"toy picture {seed}: kind {kind!r}, difficulty {difficulty}; allowed: "
+            f"{', '.join(KINDS)} and 1 to 3"
+        )
     rng = random.Random(f"picture {seed} {kind} {difficulty}")
-    while True:                                     # rejection: a try fails where no number fits
+    while True:  # rejection: a try fails where no number fits
         scene = _try_picture(rng, f"{kind}-{seed}-{difficulty}", kind, difficulty)
         if scene is not None:
             return scene
@@ -101,8 +125,10 @@ def _try_picture(rng, scene_id, kind, difficulty):
     items = rng.sample(ITEMS, 2 if kind == "table" else 1)
     item, people = rng.choice(items), [names.pop() for _ in range(rng.choice(PEOPLE[kind]))]
     numbers = [rng.randint(2, LARGEST[kind]) for _ in range(len(people) * len(items))]
-    quantities = [Quantity("given", who, thing, number, (), (number,)) for (who, thing), number
-                  in zip(((who, thing) for who in people for thing in items), numbers)]
+    quantities = [
+        Quantity("given", who, thing, number, (), (number,))
+        for (who, thing), number in zip(((who, thing) for who in people for thing in items), numbers)
+    ]
     unread = [place for place, quantity in enumerate(quantities) if quantity.item == item]
     rng.shuffle(unread)
     ask, last = rng.choices(("value", "total", "difference"), (1, 3, 2))[0], unread.pop()
@@ -125,8 +151,9 @@ def _try_picture(rng, scene_id, kind, difficulty):
     if rng.random() < 0.2:
         rng.shuffle(told)
     phrases = (0,) * shown + tuple(rng.randrange(2) for _ in range(len(told) + 1))
-    scene = Scene(scene_id, tuple(quantities), problems._asked(ask, of, quantities),
-                  (*range(shown), *told), phrases)
+    scene = Scene(
+        scene_id, tuple(quantities), problems._asked(ask, of, quantities), (*range(shown), *told), phrases
+    )
     needs = sum(place < shown for place in scene.needed)
     return scene if needs > 1 and problems._is_fair(scene) else None
 
@@ -169,7 +196,7 @@ def chain(scene: Scene) -> list[Quantity]:
 
 
 def split_of(scene: Scene) -> str:
-    """"train" (80 %), "validation" or "test" (10 % each), by the numbers in the picture alone: no two splits
+    """ "train" (80 %), "validation" or "test" (10 % each), by the numbers in the picture alone: no two splits
     share them, whatever the kind, the names and the question."""
     numbers = [quantity.value for quantity in in_picture(scene)]
     bucket = int(hashlib.sha256(repr(numbers).encode()).hexdigest()[:8], 16) % 10
@@ -178,8 +205,10 @@ def split_of(scene: Scene) -> str:
 
 # ---- rows --------------------------------------------------------------------------------------------------
 
-def write_step(scene: Scene, quantity: Quantity, wording: str, numbers: tuple | None = None,
-               symbol: str | None = None) -> str:
+
+def write_step(
+    scene: Scene, quantity: Quantity, wording: str, numbers: tuple | None = None, symbol: str | None = None
+) -> str:
     """problems.write_step, also for what is read: "Tom: apples 7." `numbers` ends with the claimed one."""
     if FACTS[quantity.kind][0]:
         return problems.write_step(scene, quantity, wording, numbers, symbol)
@@ -196,13 +225,21 @@ def row_of(scene: Scene, *, wording: str | None = None) -> dict:
     caption = " ".join(row["facts"][:shown])
     steps = [write_step(scene, quantity, wording) for quantity in chain(scene)]
     reads = [[scene.quantities.index(quantity)] for quantity in read_from(scene)]
-    return {**row, "question": row["question"].removeprefix(caption).strip() + PLACEHOLDER, "steps": steps,
-            "solution": "\n".join([*steps, f"#### {row['answer']}"]), "uses": reads + row["uses"],
-            "image": f"toy:{scene.id}", "shown": shown, "caption": caption}
+    return {
+        **row,
+        "question": row["question"].removeprefix(caption).strip() + PLACEHOLDER,
+        "steps": steps,
+        "solution": "\n".join([*steps, f"#### {row['answer']}"]),
+        "uses": reads + row["uses"],
+        "image": f"toy:{scene.id}",
+        "shown": shown,
+        "caption": caption,
+    }
 
 
-def make_problem(seed: int, *, kind: str | None = None, difficulty: int | None = None,
-                 wording: str | None = None) -> dict:
+def make_problem(
+    seed: int, *, kind: str | None = None, difficulty: int | None = None, wording: str | None = None
+) -> dict:
     """The problem of a seed as a row; arguments as in make_picture and problems.row_of."""
     return row_of(make_picture(seed, kind, difficulty), wording=wording)
 
@@ -212,8 +249,15 @@ def _scenes(split, n, start, kind, difficulty=None):
     return problems.scenes_in_split(make, split_of, split, n, start)
 
 
-def rows(split: str, n: int, *, start: int = 0, kind: str | None = None, difficulty: int | None = None,
-         wording: str | None = None) -> list[dict]:
+def rows(
+    split: str,
+    n: int,
+    *,
+    start: int = 0,
+    kind: str | None = None,
+    difficulty: int | None = None,
+    wording: str | None = None,
+) -> list[dict]:
     """The rows start .. start + n - 1 of a split, in the order of their seeds: the same list in every
     process. ValueError for an unknown split."""
     return [row_of(scene, wording=wording) for scene in _scenes(split, n, start, kind, difficulty)]
@@ -222,8 +266,15 @@ def rows(split: str, n: int, *, start: int = 0, kind: str | None = None, difficu
 def caption_rows(split: str, n: int, *, start: int = 0, kind: str | None = None) -> list[dict]:
     """Pictures with all that they show as the solution: {id, question, solution, image}. The scenes of
     rows(split, n, ...)."""
-    return [{"id": f"{scene.id}-caption", "question": CAPTION_QUESTION, "solution": row_of(scene)["caption"],
-             "image": f"toy:{scene.id}"} for scene in _scenes(split, n, start, kind)]
+    return [
+        {
+            "id": f"{scene.id}-caption",
+            "question": CAPTION_QUESTION,
+            "solution": row_of(scene)["caption"],
+            "image": f"toy:{scene.id}",
+        }
+        for scene in _scenes(split, n, start, kind)
+    ]
 
 
 def cell_rows(split: str, n: int, *, start: int = 0) -> list[dict]:
@@ -235,8 +286,14 @@ def cell_rows(split: str, n: int, *, start: int = 0) -> list[dict]:
         for one in in_picture(scene):
             cells.setdefault(one.who, []).append(f"{one.item} {one.value}")
         lines = [f"{who}: {', '.join(rng.sample(two, len(two)))}." for who, two in cells.items()]
-        found.append({"id": f"{scene.id}-cells", "question": "How many of what does each have?" + PLACEHOLDER,
-                      "solution": " ".join(lines), "image": f"toy:{scene.id}"})
+        found.append(
+            {
+                "id": f"{scene.id}-cells",
+                "question": "How many of what does each have?" + PLACEHOLDER,
+                "solution": " ".join(lines),
+                "image": f"toy:{scene.id}",
+            }
+        )
     return found
 
 
@@ -248,8 +305,15 @@ def perception_rows(split: str, n: int, *, start: int = 0, kind: str | None = No
         fact = random.Random(f"fact {scene.id}").randrange(len(in_picture(scene)))
         asked = scene.quantities[fact]
         question = f"How many {asked.item} does {asked.who} have?{PLACEHOLDER}"
-        found.append({"id": f"{scene.id}-fact{fact}", "question": question, "answer": str(asked.value),
-                      "fact": fact, "image": f"toy:{scene.id}"})
+        found.append(
+            {
+                "id": f"{scene.id}-fact{fact}",
+                "question": question,
+                "answer": str(asked.value),
+                "fact": fact,
+                "image": f"toy:{scene.id}",
+            }
+        )
     return found
 
 
@@ -260,9 +324,14 @@ def reading_rows(split: str, n: int, *, start: int = 0, kind: str | None = None)
     for scene in _scenes(split, n, start, kind):
         row, reads = row_of(scene), read_from(scene)
         asked = f"How many {scene.asked.item} does each have in the picture?{PLACEHOLDER}"
-        found.append({"id": f"{scene.id}-reading", "image": f"toy:{scene.id}",
-                      "question": " ".join([*row["facts"][row["shown"]:], asked]),
-                      "solution": "\n".join(row["steps"][:len(reads)])})
+        found.append(
+            {
+                "id": f"{scene.id}-reading",
+                "image": f"toy:{scene.id}",
+                "question": " ".join([*row["facts"][row["shown"] :], asked]),
+                "solution": "\n".join(row["steps"][: len(reads)]),
+            }
+        )
     return found
 
 
@@ -277,6 +346,7 @@ def grade(row_or_id: dict | str | Scene, text: str, style: str = "hash") -> floa
 
 
 # ---- drawing -----------------------------------------------------------------------------------------------
+
 
 @cache
 def glyphs() -> dict:
@@ -293,11 +363,14 @@ def draw(picture_id: str) -> Image.Image:
     """The 64 x 64 RGB picture of an id: the same bytes in every process. ValueError for an id of none."""
     scene = scene_of(picture_id)
     if not is_picture(scene):
-        raise ValueError(f"picture id is {picture_id!r}; allowed: <kind>-<seed>-<difficulty>, "
-                         f"kind one of {', '.join(KINDS)}")
+        raise ValueError(
+            f"picture id is {picture_id!r}; allowed: <kind>-<seed>-<difficulty>, "
+            f"kind one of {', '.join(KINDS)}"
+        )
     canvas = np.full((SIZE, SIZE, 3), WHITE, np.uint8)
     {"rows": _draw_rows, "bars": _draw_bars, "table": _draw_table}[picture_id.split("-")[0]](
-        canvas, in_picture(scene), random.Random(f"draw {scene.id}"))
+        canvas, in_picture(scene), random.Random(f"draw {scene.id}")
+    )
     return Image.fromarray(canvas)
 
 
@@ -306,7 +379,7 @@ def _put(canvas, x, y, signs, colour=BLACK, step=5):
     for i, sign in enumerate(signs):
         bitmap = glyphs()[sign]
         left = x + step * i
-        canvas[y:y + bitmap.shape[0], left:left + bitmap.shape[1]][bitmap] = colour
+        canvas[y : y + bitmap.shape[0], left : left + bitmap.shape[1]][bitmap] = colour
 
 
 def _draw_rows(canvas, shown, rng):
@@ -328,7 +401,7 @@ def _draw_bars(canvas, shown, rng):
     for column, (quantity, colour) in enumerate(zip(shown, rng.sample(sorted(COLOURS.values()), len(shown)))):
         left = 16 + 16 * column
         _put(canvas, left + 1, 57, quantity.who.upper())
-        canvas[56 - 4 * quantity.value:56, left + 2:left + 14] = colour
+        canvas[56 - 4 * quantity.value : 56, left + 2 : left + 14] = colour
 
 
 def _draw_table(canvas, shown, rng):

@@ -24,9 +24,9 @@ from minicot.answers import extract_answer, is_correct, split_steps
 NAMES = ("Tom", "Ana", "Ben", "Eva", "Max", "Lea", "Sam", "Mia", "Leo", "Zoe", "Kim", "Jon")
 ITEMS = ("apples", "pears", "books", "cards", "coins", "shells", "pens", "eggs", "cups", "balls")
 SPLITS = ("train", "validation", "test")
-DIFFICULTIES = (2, 3, 4)                        # operations, and how often each is drawn
+DIFFICULTIES = (2, 3, 4)  # operations, and how often each is drawn
 DIFFICULTY_WEIGHTS = (5, 4, 2)
-LARGEST = 60                     # no quantity is above it, none below 2 ("1 apples" is never said)
+LARGEST = 60  # no quantity is above it, none below 2 ("1 apples" is never said)
 
 # kind: (operation symbol, phrasings). {p} the owner, {i} the item, {q} {r} the owners that it refers to,
 # {0} {1} its own numbers.
@@ -36,42 +36,67 @@ FACTS = {
     "fewer": ("-", ("{p} has {0} fewer {i} than {q}.", "{p} has {0} {i} fewer than {q}.")),
     "times": ("x", ("{p} has {0} times as many {i} as {q}.", "{p} has {0} times the {i} of {q}.")),
     "half": ("/", ("{p} has half as many {i} as {q}.", "{p} has half the {i} of {q}.")),
-    "sum": ("+", ("{p} has as many {i} as {q} and {r} together.",
-                  "{p} has the {i} of {q} and {r} together.")),
+    "sum": (
+        "+",
+        ("{p} has as many {i} as {q} and {r} together.", "{p} has the {i} of {q} and {r} together."),
+    ),
     "gave": ("-", ("{p} had {0} {i} and gave away {1}.", "{p} had {0} {i} but lost {1}.")),
     "got": ("+", ("{p} had {0} {i} and bought {1} more.", "{p} had {0} {i} and found {1} more.")),
     "bags": ("x", ("{p} has {0} bags of {1} {i}.", "{p} has {0} bags with {1} {i} each.")),
-    "total": ("+", ("How many {i} do {q} and {r} have together?",
-                    "How many {i} do {q} and {r} have in all?")),
-    "difference": ("-", ("How many more {i} does {q} have than {r}?",
-                         "How many {i} more does {q} have than {r}?")),
+    "total": (
+        "+",
+        ("How many {i} do {q} and {r} have together?", "How many {i} do {q} and {r} have in all?"),
+    ),
+    "difference": (
+        "-",
+        ("How many more {i} does {q} have than {r}?", "How many {i} more does {q} have than {r}?"),
+    ),
     "value": (None, ("How many {i} does {q} have?", "Find the number of {i} that {q} has.")),
 }
-ROOTS = ("gave", "got", "bags")                 # one operation on two numbers of their own
+ROOTS = ("gave", "got", "bags")  # one operation on two numbers of their own
 # kind: the ranges of its own numbers
-NUMBERS = {"given": ((2, 20),), "more": ((2, 12),), "fewer": ((2, 12),), "times": ((2, 4),), "half": (),
-           "sum": (), "gave": ((8, 30), (2, 12)), "got": ((2, 20), (2, 12)), "bags": ((2, 6), (2, 9))}
-LINKS = ("more", "fewer", "times", "half")      # one operation on a quantity before
+NUMBERS = {
+    "given": ((2, 20),),
+    "more": ((2, 12),),
+    "fewer": ((2, 12),),
+    "times": ((2, 4),),
+    "half": (),
+    "sum": (),
+    "gave": ((8, 30), (2, 12)),
+    "got": ((2, 20), (2, 12)),
+    "bags": ((2, 6), (2, 9)),
+}
+LINKS = ("more", "fewer", "times", "half")  # one operation on a quantity before
 
 # Wordings of one step: {p} owner, {e} "3 + 4 = 7", {c} "7", {i} item, {q} {r} owners, {why} what it rests on.
 WORDINGS = {
     "plain": {"one": "{p} has {e}.", "total": "Together they have {e}.", "difference": "{q} has {e} more."},
-    "items": {"one": "{p} has {e} {i}.", "total": "{q} and {r} have {e} {i} together.",
-              "difference": "{q} has {e} more {i} than {r}."},
-    "so": {"one": "{e}, so {p} has {c} {i}.", "total": "{e}, so together they have {c} {i}.",
-           "difference": "{e}, so {q} has {c} more {i}."},
+    "items": {
+        "one": "{p} has {e} {i}.",
+        "total": "{q} and {r} have {e} {i} together.",
+        "difference": "{q} has {e} more {i} than {r}.",
+    },
+    "so": {
+        "one": "{e}, so {p} has {c} {i}.",
+        "total": "{e}, so together they have {c} {i}.",
+        "difference": "{e}, so {q} has {c} more {i}.",
+    },
     "colon": {"one": "{p}: {e}", "total": "Total: {e}", "difference": "Difference: {e}"},
     "bare": {"one": "{e}", "total": "{e}", "difference": "{e}"},
-    "because": {"one": "{why}{p} has {e}.", "total": "{why}together they have {e}.",
-                "difference": "{why}{q} has {e} more."},
+    "because": {
+        "one": "{why}{p} has {e}.",
+        "total": "{why}together they have {e}.",
+        "difference": "{why}{q} has {e} more.",
+    },
 }
-DEFAULT_WORDINGS = ("plain", "items", "colon")    # what make_problem draws from; the rest: teacher only
+DEFAULT_WORDINGS = ("plain", "items", "colon")  # what make_problem draws from; the rest: teacher only
 
 
 @dataclass(frozen=True)
 class Quantity:
     """`value` of `item`s of `who` (None: the question's own total or difference), made as `kind` says from
     the quantities at the places `of` in the scene and from `numbers`."""
+
     kind: str
     who: str | None
     item: str
@@ -84,11 +109,12 @@ class Quantity:
 class Scene:
     """Quantities in dependency order, what is asked, and how it is told (the order and phrasing of its
     sentences)."""
+
     id: str
     quantities: tuple[Quantity, ...]
-    asked: Quantity                             # kind "value", "total" or "difference"
-    order: tuple[int, ...]                      # the places in the order of their sentences
-    phrases: tuple[int, ...]                    # which phrasing each fact and, last, the question has
+    asked: Quantity  # kind "value", "total" or "difference"
+    order: tuple[int, ...]  # the places in the order of their sentences
+    phrases: tuple[int, ...]  # which phrasing each fact and, last, the question has
 
     def __post_init__(self):
         for quantity in (*self.quantities, self.asked):
@@ -135,6 +161,7 @@ def operands(scene: Scene, quantity: Quantity) -> tuple[int, ...]:
 
 # ---- making a scene ----------------------------------------------------------------------------------------
 
+
 def make_scene(seed: int, difficulty: int | None = None, distractors: int | None = None) -> Scene:
     """The scene of a seed: `difficulty` operations (1 to 6; None draws from DIFFICULTIES), `distractors`
     facts that the answer does not need (0 to 3; None draws 0, 1 or 2). Every quantity is whole, 2..LARGEST;
@@ -145,10 +172,12 @@ def make_scene(seed: int, difficulty: int | None = None, distractors: int | None
     difficulty = drawn[0] if difficulty is None else difficulty
     distractors = drawn[1] if distractors is None else distractors
     if not (1 <= difficulty <= 6 and 0 <= distractors <= 3):
-        raise ValueError(f"toy scene {seed}: difficulty {difficulty}, distractors {distractors}; "
-                         "allowed: 1 to 6 and 0 to 3")
+        raise ValueError(
+            f"toy scene {seed}: difficulty {difficulty}, distractors {distractors}; "
+            "allowed: 1 to 6 and 0 to 3"
+        )
     rng = random.Random(f"toy {seed} {difficulty} {distractors}")
-    while True:                                 # rejection: a try fails where no number fits
+    while True:  # rejection: a try fails where no number fits
         scene = _try_scene(rng, f"toy-{seed}-{difficulty}-{distractors}", difficulty, distractors)
         if scene is not None:
             return scene
@@ -169,7 +198,7 @@ def _try_scene(rng, scene_id, difficulty, distractors):
         if len(quantities) > 1 and rng.random() < 0.25:
             kind, of = "sum", (len(quantities) - 1, rng.randrange(len(quantities) - 1))
         else:
-            branches = rng.random() < 0.2       # kept, below, only where a later step joins the branches
+            branches = rng.random() < 0.2  # kept, below, only where a later step joins the branches
             place = rng.randrange(len(quantities)) if branches else len(quantities) - 1
             kind, of = rng.choice(LINKS), (place,)
         quantities.append(_new(rng, kind, names.pop(), item, quantities, of))
@@ -187,9 +216,9 @@ def _try_scene(rng, scene_id, difficulty, distractors):
             of = of[::-1]
     asked = _asked(ask, of, quantities)
     for _ in range(distractors):
-        if rng.random() < 0.4:                  # the same person, another item
+        if rng.random() < 0.4:  # the same person, another item
             extra = _new(rng, "given", rng.choice(quantities).who, other_item, [])
-        else:                                   # another person, the same item
+        else:  # another person, the same item
             of = rng.randrange(last + 1)
             kind = rng.choice(("given", *LINKS))
             extra = _new(rng, kind, names.pop(), item, quantities, () if kind == "given" else (of,))
@@ -219,8 +248,9 @@ def _tell(rng, scene):
     """Draw the order of the sentences (dependency order with distractors let in; one time in five any order)
     and their phrasings."""
     needed = scene.needed
-    order = sorted(range(len(scene.quantities)),
-                   key=lambda place: place if place in needed else rng.uniform(0, place))
+    order = sorted(
+        range(len(scene.quantities)), key=lambda place: place if place in needed else rng.uniform(0, place)
+    )
     if rng.random() < 0.2:
         rng.shuffle(order)
     return replace(scene, order=tuple(order), phrases=tuple(rng.randrange(2) for _ in range(len(order) + 1)))
@@ -278,8 +308,10 @@ def scene_of(row_or_id: dict | str | Scene) -> Scene:
     problem_id = row_or_id if isinstance(row_or_id, str) else row_or_id["id"]
     match = re.fullmatch(r"toy-(\d+)-(\d)-(\d)((?:\.h\d+|\.e)*)", problem_id)
     if not match:
-        raise ValueError(f"problem id is {problem_id!r}; allowed: toy-<seed>-<difficulty>-<distractors>, "
-                         "as make_problem writes it")
+        raise ValueError(
+            f"problem id is {problem_id!r}; allowed: toy-<seed>-<difficulty>-<distractors>, "
+            "as make_problem writes it"
+        )
     scene = make_scene(int(match[1]), int(match[2]), int(match[3]))
     for step in match[4].split(".")[1:]:
         scene = easier(scene) if step == "e" else harder(scene, int(step[1:]))
@@ -288,25 +320,29 @@ def scene_of(row_or_id: dict | str | Scene) -> Scene:
 
 # ---- splits and rows ---------------------------------------------------------------------------------------
 
+
 def scene_hash(scene: Scene) -> str:
     """Hex hash of what the scene says: structure and numbers. Names, items, phrasing and the order of
     sentences do not count, so problems that differ in these alone fall into the same split. Stable across
     processes and machines."""
     people, items = {}, {}
-    content = [(q.kind, people.setdefault(q.who, len(people)), items.setdefault(q.item, len(items)),
-                q.of, q.numbers) for q in (*scene.quantities, scene.asked)]
+    content = [
+        (q.kind, people.setdefault(q.who, len(people)), items.setdefault(q.item, len(items)), q.of, q.numbers)
+        for q in (*scene.quantities, scene.asked)
+    ]
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def split_of(scene: Scene) -> str:
-    """"train" (80 %), "validation" or "test" (10 % each), by the scene's hash alone: disjoint whatever the
+    """ "train" (80 %), "validation" or "test" (10 % each), by the scene's hash alone: disjoint whatever the
     seeds."""
     bucket = int(scene_hash(scene)[:8], 16) % 10
     return "validation" if bucket == 8 else "test" if bucket == 9 else "train"
 
 
-def make_problem(seed: int, *, difficulty: int | None = None, distractors: int | None = None,
-                 wording: str | None = None) -> dict:
+def make_problem(
+    seed: int, *, difficulty: int | None = None, distractors: int | None = None, wording: str | None = None
+) -> dict:
     """The problem of a seed as a row, see row_of; difficulty and distractors as in make_scene, wording as in
     row_of."""
     return row_of(make_scene(seed, difficulty, distractors), wording=wording)
@@ -322,14 +358,27 @@ def row_of(scene: Scene, *, wording: str | None = None) -> dict:
     steps = [write_step(scene, quantity, wording) for quantity in scene.derivation]
     facts = fact_sentences(scene)
     question = " ".join([*facts, _say(scene, scene.asked, scene.phrases[-1])])
-    return {"id": scene.id, "question": question, "answer": str(scene.asked.value),
-            "solution": "\n".join([*steps, f"#### {scene.asked.value}"]), "steps": steps,
-            "difficulty": scene.difficulty, "facts": facts,
-            "uses": [facts_used(scene, quantity) for quantity in scene.derivation]}
+    return {
+        "id": scene.id,
+        "question": question,
+        "answer": str(scene.asked.value),
+        "solution": "\n".join([*steps, f"#### {scene.asked.value}"]),
+        "steps": steps,
+        "difficulty": scene.difficulty,
+        "facts": facts,
+        "uses": [facts_used(scene, quantity) for quantity in scene.derivation],
+    }
 
 
-def rows(split: str, n: int, *, start: int = 0, difficulty: int | None = None, distractors: int | None = None,
-         wording: str | None = None) -> list[dict]:
+def rows(
+    split: str,
+    n: int,
+    *,
+    start: int = 0,
+    difficulty: int | None = None,
+    distractors: int | None = None,
+    wording: str | None = None,
+) -> list[dict]:
     """The rows start .. start + n - 1 of a split, in the order of their seeds: the same list in every
     process. ValueError for an unknown split."""
     make = lambda seed: make_scene(seed, difficulty, distractors)
@@ -344,6 +393,7 @@ def scenes_in_split(make, split_of, split: str, n: int, start: int) -> list[Scen
 
 
 # ---- telling -----------------------------------------------------------------------------------------------
+
 
 def _say(scene: Scene, quantity: Quantity, phrase: int) -> str:
     q, r = [scene.quantities[place].who for place in quantity.of] + [None] * (2 - len(quantity.of))
@@ -366,8 +416,13 @@ def facts_used(scene: Scene, quantity: Quantity) -> list[int]:
     return sorted(scene.order.index(place) for place in places)
 
 
-def write_step(scene: Scene, quantity: Quantity, wording: str, numbers: tuple[int, int, int] | None = None,
-               symbol: str | None = None) -> str:
+def write_step(
+    scene: Scene,
+    quantity: Quantity,
+    wording: str,
+    numbers: tuple[int, int, int] | None = None,
+    symbol: str | None = None,
+) -> str:
     """The step that derives a quantity, in one of WORDINGS. `numbers` (a, b, c) and `symbol` replace the true
     a op b = c (teacher.corrupt)."""
     a, b, c = numbers or (*operands(scene, quantity), quantity.value)
@@ -375,9 +430,15 @@ def write_step(scene: Scene, quantity: Quantity, wording: str, numbers: tuple[in
     q, r = owners + [None] * (2 - len(owners))
     reasons = [f"{who} has {value}" for who, value in zip(owners, (a, b))]
     template = WORDINGS[wording][quantity.kind if quantity.kind in ("total", "difference") else "one"]
-    text = template.format(p=quantity.who, q=q, r=r, i=quantity.item, c=c,
-                           e=f"{a} {symbol or FACTS[quantity.kind][0]} {b} = {c}",
-                           why=f"{' and '.join(reasons)}, so " if reasons else "")
+    text = template.format(
+        p=quantity.who,
+        q=q,
+        r=r,
+        i=quantity.item,
+        c=c,
+        e=f"{a} {symbol or FACTS[quantity.kind][0]} {b} = {c}",
+        why=f"{' and '.join(reasons)}, so " if reasons else "",
+    )
     return text[0].upper() + text[1:]
 
 
@@ -387,19 +448,29 @@ def perception_questions(row_or_id: dict | str | Scene) -> list[dict]:
     than Tom?" for a comparison. `fact` is the place in facts."""
     scene = scene_of(row_or_id)
     told = " ".join(fact_sentences(scene))
-    ask = {"given": "How many {i} does {p} have?", "more": "How many more {i} does {p} have than {q}?",
-           "fewer": "How many fewer {i} does {p} have than {q}?",
-           "times": "How many times the {i} of {q} does {p} have?",
-           "gave": "How many {i} did {p} have at first?", "got": "How many {i} did {p} have at first?",
-           "bags": "How many bags does {p} have?"}
+    ask = {
+        "given": "How many {i} does {p} have?",
+        "more": "How many more {i} does {p} have than {q}?",
+        "fewer": "How many fewer {i} does {p} have than {q}?",
+        "times": "How many times the {i} of {q} does {p} have?",
+        "gave": "How many {i} did {p} have at first?",
+        "got": "How many {i} did {p} have at first?",
+        "bags": "How many bags does {p} have?",
+    }
     found = []
     for number, place in enumerate(scene.order):
         quantity = scene.quantities[place]
         if quantity.kind in ask:
             q = scene.quantities[quantity.of[0]].who if quantity.of else None
             question = ask[quantity.kind].format(i=quantity.item, p=quantity.who, q=q)
-            found.append({"id": f"{scene.id}-fact{number}", "question": f"{told} {question}",
-                          "answer": str(quantity.numbers[0]), "fact": number})
+            found.append(
+                {
+                    "id": f"{scene.id}-fact{number}",
+                    "question": f"{told} {question}",
+                    "answer": str(quantity.numbers[0]),
+                    "fact": number,
+                }
+            )
     return found
 
 
@@ -416,7 +487,8 @@ _CLAIM = re.compile(
     r"(?:(?P<a>\d{1,6}) ?(?P<op>[-−+x*×/÷]) ?(?P<b>\d{1,6}) ?= ?)?(?P<c>\d{1,6})"
     rf"(?: (?P<more>more|fewer))?(?(read)|(?: (?P<item>{_ITEM}))?)(?: (?P<more2>more|fewer))?"
     rf"(?: than (?P<than>{_WHO}))?(?: {_TOGETHER})?",
-    re.IGNORECASE)
+    re.IGNORECASE,
+)
 _SYMBOLS = str.maketrans("−*×÷", "-xx/")
 
 
@@ -447,7 +519,7 @@ def _label(scene, known, step):
     facts = {_say(scene, q, phrase).removesuffix(".").lower() for q in scene.quantities for phrase in (0, 1)}
     if text.lower() in facts:
         return True
-    before, _, after = text.partition(", since ")                  # the reason first
+    before, _, after = text.partition(", since ")  # the reason first
     clauses = [after, before] if after else [text]
     clauses = [part for clause in clauses for part in re.split(r", so |; |(?<=\d) and (?=[A-Z])", clause)]
     learned = set(known)

@@ -37,8 +37,10 @@ def expand(row: dict, rng: random.Random) -> dict:
     mistakes: see teach)."""
     scene = scene_of(row)
     if not is_correct(row["answer"], str(scene.asked.value)):
-        raise ValueError(f"{scene.id}: answer is {row['answer']!r}, the scene's is {scene.asked.value}, "
-                         "and there is no chain to another")
+        raise ValueError(
+            f"{scene.id}: answer is {row['answer']!r}, the scene's is {scene.asked.value}, "
+            "and there is no chain to another"
+        )
     return rewrite(row, rng)
 
 
@@ -52,8 +54,10 @@ def unify(row: dict) -> dict:
     scene = scene_of(row)
     answer = next(filter(None, (extract_answer(row["solution"], style) for style in STYLES)), None)
     if answer is None:
-        raise ValueError(f"{scene.id}: no answer in the solution {row['solution']!r:.60}; "
-                         f"allowed styles: {', '.join(STYLES)}")
+        raise ValueError(
+            f"{scene.id}: no answer in the solution {row['solution']!r:.60}; "
+            f"allowed styles: {', '.join(STYLES)}"
+        )
     steps, seen = [], []
     for step in split_steps(row["solution"]):
         derived = problems.derived_by(scene, [*seen, step])[1] - problems.derived_by(scene, seen)[1]
@@ -96,7 +100,7 @@ def _carried_on(scene: Scene, rng: random.Random, kind: str, wording: str) -> tu
     """Steps with one mistake and its consequences, and the wrong answer; tries until all stays whole and
     positive."""
     while True:
-        told = {q: q.numbers for q in scene.quantities}            # the question's numbers, as read
+        told = {q: q.numbers for q in scene.quantities}  # the question's numbers, as read
         wrong, change = rng.choice(scene.derivation), rng.choice((-10, -2, -1, 1, 2, 10))
         if kind == "misread":
             reads = [q for q in (scene.quantities[place] for place in scene.needed) if q.numbers]

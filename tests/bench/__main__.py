@@ -30,8 +30,8 @@ import torch
 
 from minicot.sampling import generate
 from tests.bench import memory
-from tests.bench.sides import (EYES, check_same_work, gsm8k_lengths, make_batch, make_sides, multiplications,
-                               our_model, step, their_model)
+from tests.bench.sides import EYES, check_same_work, gsm8k_lengths, make_batch, make_sides, multiplications
+from tests.bench.sides import our_model, step, their_model
 
 
 def in_turn(sides, device, rounds):
@@ -56,12 +56,20 @@ def against(seconds, tokens, **about):
     ours = seconds["minicot"]
     for peer in list(seconds)[1:]:
         ratios = [b / a for a, b in zip(ours, seconds[peer])]
-        yield dict(**about, peer=peer, unit="seconds", ours=ours, theirs=seconds[peer], tokens=tokens,
-                   ratio=[min(ratios), statistics.median(ratios), max(ratios)],
-                   tokens_per_second=tokens / statistics.median(ours))  # fmt: skip
+        yield dict(
+            **about,
+            peer=peer,
+            unit="seconds",
+            ours=ours,
+            theirs=seconds[peer],
+            tokens=tokens,
+            ratio=[min(ratios), statistics.median(ratios), max(ratios)],
+            tokens_per_second=tokens / statistics.median(ours),
+        )
 
 
 # ---- the rows ------------------------------------------------------------------------------------
+
 
 def step_row(work, model, lengths, peers, device, rounds, **about):
     """Forward and backward of one batch, no optimizer; making the batch is not timed, packing it is."""
@@ -76,8 +84,19 @@ def sft_row(model, device, rounds, *, rows):
     """`rows` rows with lengths as in GSM8K, in random order: packed by score(), padded by transformers. A
     model with a tower gets a picture a row on top; all of it learns."""
     lengths = [[P, [R]] for P, R in gsm8k_lengths(rows)]
-    yield from step_row("SFT", model, lengths, ["transformers"], device, rounds, rows=rows, P="GSM8K",
-                        R="GSM8K", K=1, shape=f"{rows} rows as GSM8K")
+    yield from step_row(
+        "SFT",
+        model,
+        lengths,
+        ["transformers"],
+        device,
+        rounds,
+        rows=rows,
+        P="GSM8K",
+        R="GSM8K",
+        K=1,
+        shape=f"{rows} rows as GSM8K",
+    )
 
 
 def group_row(work, model, device, rounds, *, B, K, P, R, peers):
@@ -87,8 +106,20 @@ def group_row(work, model, device, rounds, *, B, K, P, R, peers):
     each response's attention to the prompt."""
     work_bound = multiplications(model, K, P, R, shared=False) / multiplications(model, K, P, R, shared=True)
     bounds = {"tokens": K * (P + R) / (P + K * R), "work": work_bound}
-    for result in step_row(work, model, [[P, [R] * K]] * B, peers, device, rounds, B=B, P=P, R=R, K=K,
-                           shape=f"B {B}, K {K}, P/R {P}/{R}", bounds=bounds):
+    for result in step_row(
+        work,
+        model,
+        [[P, [R] * K]] * B,
+        peers,
+        device,
+        rounds,
+        B=B,
+        P=P,
+        R=R,
+        K=K,
+        shape=f"B {B}, K {K}, P/R {P}/{R}",
+        bounds=bounds,
+    ):
         reached = {name: result["ratio"][1] / bound for name, bound in bounds.items()}
         yield result | ({"reached": reached} if result["peer"] == "padded" else {})
 
@@ -100,9 +131,10 @@ def generation_row(model, device, rounds, *, prompts, P, n, new):
     ids = torch.randint(1, ours.config.vocab_size, (prompts, P), generator=torch.Generator().manual_seed(1))
     few = ids[:2, :16]
     greedy = generate(ours, few.tolist(), n=2, max_new_tokens=8, temperature=0, stop_ids=[], seed=0)
-    found = theirs.generate(few.to(device), attention_mask=torch.ones_like(few).to(device), do_sample=False,
-                            max_new_tokens=8)
-    assert greedy == [[row, row] for row in found[:, few.shape[1]:].tolist()], "greedy ids differ"
+    found = theirs.generate(
+        few.to(device), attention_mask=torch.ones_like(few).to(device), do_sample=False, max_new_tokens=8
+    )
+    assert greedy == [[row, row] for row in found[:, few.shape[1] :].tolist()], "greedy ids differ"
     if device.type == "cuda":
         ours, theirs = ours.bfloat16(), theirs.bfloat16()
     there = dict(input_ids=ids.to(device), attention_mask=torch.ones_like(ids).to(device))
@@ -112,24 +144,49 @@ def generation_row(model, device, rounds, *, prompts, P, n, new):
 
     @torch.inference_mode()
     def run_theirs():
-        theirs.generate(**there, do_sample=True, top_k=0, max_new_tokens=new, min_new_tokens=new,
-                        num_return_sequences=n)
+        theirs.generate(
+            **there, do_sample=True, top_k=0, max_new_tokens=new, min_new_tokens=new, num_return_sequences=n
+        )
 
     seconds = in_turn({"minicot": run_ours, "transformers": run_theirs}, device, rounds)
-    yield from against(seconds, prompts * n * new, work="generate", model=model, P=P, R=new, K=None, n=n,
-                       prompts=prompts, shape=f"{prompts} prompts, P {P}, n {n}, {new} new")
+    yield from against(
+        seconds,
+        prompts * n * new,
+        work="generate",
+        model=model,
+        P=P,
+        R=new,
+        K=None,
+        n=n,
+        prompts=prompts,
+        shape=f"{prompts} prompts, P {P}, n {n}, {new} new",
+    )
 
 
 def memory_row(work, model, device, _rounds, *, rows, K, P, R, peers):
     """Peak memory of a step above weights and batch, each side in a process of its own."""
     lengths = [[p, [r]] for p, r in gsm8k_lengths(rows)] if P == "GSM8K" else [[P, [R] * K]] * (rows // K)
     shape = f"{rows} rows as GSM8K" if P == "GSM8K" else f"B {rows // K}, K {K}, P/R {P}/{R}"
-    peaks = {side: memory.peak(work=work, model=model, lengths=lengths, side=side, device=device.type)
-             for side in ("minicot", *peers)}
+    peaks = {
+        side: memory.peak(work=work, model=model, lengths=lengths, side=side, device=device.type)
+        for side in ("minicot", *peers)
+    }
     for peer in peers:
         ratio = peaks[peer] / peaks["minicot"]
-        yield dict(work=f"memory of a {work} step", model=model, shape=shape, rows=rows, K=K, P=P, R=R,
-                   peer=peer, unit="bytes", ours=[peaks["minicot"]], theirs=[peaks[peer]], ratio=[ratio] * 3)
+        yield dict(
+            work=f"memory of a {work} step",
+            model=model,
+            shape=shape,
+            rows=rows,
+            K=K,
+            P=P,
+            R=R,
+            peer=peer,
+            unit="bytes",
+            ours=[peaks["minicot"]],
+            theirs=[peaks[peer]],
+            ratio=[ratio] * 3,
+        )
 
 
 def table(device):
@@ -138,7 +195,7 @@ def table(device):
     large = "SmolLM2-135M" if cuda else "SmolLM2-135M, 4 layers"
     trl = ["TRL"] if importlib.util.find_spec("trl") else []
     both = ["padded", "transformers"]
-    scale = 8 if cuda else 1                          # a GPU wants larger batches
+    scale = 8 if cuda else 1  # a GPU wants larger batches
     rows = []
     for model in (toy, large):
         B, n_rows = scale * (2 if model == toy else 1), 16 * (4 if cuda else 1)
@@ -150,20 +207,22 @@ def table(device):
             peers = both if P < 1024 or model == toy or cuda else ["padded"]
             rows.append((group_row, ["group", model], dict(B=B, K=8, P=P, R=128, peers=peers)))
         for n, P in ((1, 64), (1, 256), (8, 256), (32, 256)):
-            prompts = 32 if n < 32 or cuda else 4     # on a CPU a round of 32 prompts would take minutes
+            prompts = 32 if n < 32 or cuda else 4  # on a CPU a round of 32 prompts would take minutes
             rows.append((generation_row, [model], dict(prompts=prompts, P=P, n=n, new=48)))
         plain = ["plain", "transformers"]
         rows.append((memory_row, ["SFT", model], dict(rows=n_rows, K=1, P="GSM8K", R="GSM8K", peers=plain)))
         for work, K, groups, peers in (("DPO", 2, 2 * B, plain + trl), ("group", 8, B, plain)):
             rows.append((memory_row, [work, model], dict(rows=groups * K, K=K, P=512, R=128, peers=peers)))
-        rows.append((memory_row, ["SFT", model + EYES],
-                     dict(rows=n_rows, K=1, P="GSM8K", R="GSM8K", peers=plain)))
-    if not cuda:                                      # all layers: the head weighs less, as it does on a GPU
+        rows.append(
+            (memory_row, ["SFT", model + EYES], dict(rows=n_rows, K=1, P="GSM8K", R="GSM8K", peers=plain))
+        )
+    if not cuda:  # all layers: the head weighs less, as it does on a GPU
         rows.append((group_row, ["group", "SmolLM2-135M"], dict(B=1, K=8, P=512, R=128, peers=["padded"])))
     return rows
 
 
 # ---- printing ------------------------------------------------------------------------------------
+
 
 def line(result):
     """A result -> its line of the table."""
@@ -174,8 +233,10 @@ def line(result):
     if result["unit"] == "bytes":
         values = f"{middle:.2f} | | | {ours / 2**20:,.0f} MiB | {theirs / 2**20:,.0f} MiB |"
     else:
-        values = (f"{low:.2f} / {middle:.2f} / {high:.2f} | {bound} | {reached} | {ours:.3g} s, "
-                  f"{result['tokens_per_second']:,.0f} tokens/s | {theirs:.3g} s |")
+        values = (
+            f"{low:.2f} / {middle:.2f} / {high:.2f} | {bound} | {reached} | {ours:.3g} s, "
+            f"{result['tokens_per_second']:,.0f} tokens/s | {theirs:.3g} s |"
+        )
     return f"| {result['work']} | {result['model']} | {result['shape']} | {result['peer']} | {values}"
 
 
@@ -188,23 +249,43 @@ def main(argv=None):
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    named = [(" ".join([function.__name__, *first, *(f"{key}={value}" for key, value in other.items()
-                                                     if key in ("rows", "K", "P", "R", "n"))]),
-              function, first, other) for function, first, other in table(device)]  # fmt: skip
+    named = [
+        (
+            " ".join(
+                [
+                    function.__name__,
+                    *first,
+                    *(
+                        f"{key}={value}"
+                        for key, value in other.items()
+                        if key in ("rows", "K", "P", "R", "n")
+                    ),
+                ]
+            ),
+            function,
+            first,
+            other,
+        )
+        for function, first, other in table(device)
+    ]
     chosen = [row for row in named if re.search(args.only, row[0])]
     if args.list or not chosen:
         print("\n".join(row[0] for row in named))
         return
-    versions = {name: importlib.metadata.version(name) if importlib.util.find_spec(name) else None
-                for name in ("torch", "transformers", "trl")}
+    versions = {
+        name: importlib.metadata.version(name) if importlib.util.find_spec(name) else None
+        for name in ("torch", "transformers", "trl")
+    }
     cuda = args.device == "cuda"
     where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     dtype = "bfloat16 autocast (generation: bfloat16 weights)" if cuda else "float32"
     note = "" if versions["trl"] else "; TRL is not installed (tests/bench/requirements.txt): no rows of it"
     print(f"{where}; {dtype}; " + ", ".join(f"{name} {v}" for name, v in versions.items() if v) + note + "\n")
-    print("| work | model | shape | peer | theirs / ours, min / median / max | bound: tokens / work "
-          "| reached | minicot | peer |\n|---|---|---|---|---|---|---|---|---|")
-    warnings.filterwarnings("ignore")                 # peers' advice would fall into the table
+    print(
+        "| work | model | shape | peer | theirs / ours, min / median / max | bound: tokens / work "
+        "| reached | minicot | peer |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    warnings.filterwarnings("ignore")  # peers' advice would fall into the table
     results = []
     for _, function, first, other in chosen:
         for result in function(*first, device, args.rounds, **other):

@@ -31,7 +31,7 @@ def peak_here(work, model, lengths, side, device):
         step(policy, loss)
         return torch.cuda.max_memory_allocated() - before
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")                                    # sets VmHWM to VmRSS
+        file.write("5")  # sets VmHWM to VmRSS
     before = resident("VmRSS")
     step(policy, loss)
     return resident("VmHWM") - before
@@ -39,8 +39,12 @@ def peak_here(work, model, lengths, side, device):
 
 def peak(**job):
     """peak_here in a child process."""
-    done = subprocess.run([sys.executable, "-m", "tests.bench.memory", json.dumps(job)],
-                          stdout=subprocess.PIPE, check=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench.memory", json.dumps(job)],
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    )
     return int(done.stdout.split()[-1])
 
 

@@ -26,33 +26,83 @@ from minicot.vision import VisionConfig, VisionLanguageConfig, VisionLanguageMod
 from minicot.weights import llava_name, save_model
 
 BETA = 0.1
-COMMON = dict(model_type="llama", rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=2048,
-              tie_word_embeddings=True)  # fmt: skip
-SMOLLM2 = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_attention_heads=9,
-               num_key_value_heads=3, head_dim=64)  # fmt: skip
+COMMON = dict(
+    model_type="llama",
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    max_position_embeddings=2048,
+    tie_word_embeddings=True,
+)
+SMOLLM2 = dict(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+)
 MODELS = {
-    "toy 1M": ModelConfig(vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-                          num_attention_heads=4, num_key_value_heads=4, head_dim=32, **COMMON),
+    "toy 1M": ModelConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        **COMMON,
+    ),
     "SmolLM2-135M, 4 layers": ModelConfig(num_hidden_layers=4, **SMOLLM2, **COMMON),
     "SmolLM2-135M": ModelConfig(num_hidden_layers=30, **SMOLLM2, **COMMON),
-    "tiny": ModelConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                        num_attention_heads=2, num_key_value_heads=1, head_dim=8, **COMMON),  # for the test
-}  # fmt: skip
+    "tiny": ModelConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        **COMMON,
+    ),  # for the test
+}
 CLIP = dict(model_type="clip_vision_model", hidden_act="quick_gelu", num_channels=3, layer_norm_eps=1e-5)
-SMALL = VisionConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6,
-                     image_size=224, patch_size=16, **CLIP)  # fmt: skip
+SMALL = VisionConfig(
+    hidden_size=384,
+    intermediate_size=1536,
+    num_hidden_layers=12,
+    num_attention_heads=6,
+    image_size=224,
+    patch_size=16,
+    **CLIP,
+)
 TOWERS = {
-    "toy 1M": VisionConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-                           image_size=64, patch_size=8, **CLIP),
+    "toy 1M": VisionConfig(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=8,
+        **CLIP,
+    ),
     "SmolLM2-135M, 4 layers": SMALL,
     "SmolLM2-135M": SMALL,
-    "tiny": VisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                         image_size=8, patch_size=4, **CLIP),
-}  # fmt: skip
-EYES = ", CLIP tower"                    # "toy 1M, CLIP tower": the model with its TOWERS; 64 and 196 tokens
+    "tiny": VisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        **CLIP,
+    ),
+}
+EYES = ", CLIP tower"  # "toy 1M, CLIP tower": the model with its TOWERS; 64 and 196 tokens
 PLACEHOLDER = 1
-MODELS |= {name + EYES: VisionLanguageConfig(MODELS[name], vision, PLACEHOLDER, vision_feature_layer=-1)
-           for name, vision in TOWERS.items()}  # fmt: skip
+MODELS |= {
+    name + EYES: VisionLanguageConfig(MODELS[name], vision, PLACEHOLDER, vision_feature_layer=-1)
+    for name, vision in TOWERS.items()
+}
 
 
 def our_model(name, device):
@@ -67,8 +117,11 @@ def their_model(ours):
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         save_model(ours, folder)
-        auto = (transformers.LlavaForConditionalGeneration if hasattr(ours, "vlm_config")
-                else transformers.AutoModelForCausalLM)
+        auto = (
+            transformers.LlavaForConditionalGeneration
+            if hasattr(ours, "vlm_config")
+            else transformers.AutoModelForCausalLM
+        )
         theirs = auto.from_pretrained(folder, dtype=torch.float32)
     theirs.generation_config.eos_token_id = None
     theirs.generation_config.pad_token_id = 0
@@ -76,6 +129,7 @@ def their_model(ours):
 
 
 # ---- batches -------------------------------------------------------------------------------------
+
 
 def gsm8k_lengths(N, seed=0):
     """N pairs (prompt, response with EOS) of lengths like GSM8K's training set under SmolLM2's tokenizer:
@@ -98,17 +152,25 @@ def make_batch(name, lengths, device):
     n_image = config.image_seq_length if sees else 0
     for b, (P, responses) in enumerate(lengths):
         prompt = text(P) + [PLACEHOLDER] * n_image
-        groups.append([Row(f"{b}", [*prompt, *text(R - 1), 0], len(prompt), reward=float(k % 2 == 0))
-                       for k, R in enumerate(responses)])
+        groups.append(
+            [
+                Row(f"{b}", [*prompt, *text(R - 1), 0], len(prompt), reward=float(k % 2 == 0))
+                for k, R in enumerate(responses)
+            ]
+        )
     batch = collate(groups, pad_id=0)
     if sees:
         size = config.vision.image_size
-        batch = replace(batch, images=torch.randn(len(groups), 3, size, size, generator=draw),
-                        image_group=torch.arange(len(groups)))
+        batch = replace(
+            batch,
+            images=torch.randn(len(groups), 3, size, size, generator=draw),
+            image_group=torch.arange(len(groups)),
+        )
     return batch.to(device)
 
 
 # ---- losses and sides ----------------------------------------------------------------------------
+
 
 def score_padded(model, batch):
     """What score() does, without sharing prompts and packing: one padded forward, the head on the positions
@@ -158,8 +220,12 @@ def make_sides(work, name, batch, names):
         elif work == "SFT":
             made[side] = theirs, lambda: theirs(**inputs, labels=labels, use_cache=False).loss
         else:
-            made[side] = theirs, lambda: loss_of(
-                work, token_logps(theirs(**inputs, use_cache=False).logits, batch.ids), batch, ref_logps)
+            made[side] = (
+                theirs,
+                lambda: loss_of(
+                    work, token_logps(theirs(**inputs, use_cache=False).logits, batch.ids), batch, ref_logps
+                ),
+            )
     return made
 
 
@@ -175,21 +241,36 @@ def trl_side(model, batch, ref_logps):
     import trl
 
     datasets.disable_progress_bars()
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(
-        {f"t{i}": i for i in range(model.config.vocab_size)}, unk_token="t0"))
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"t{i}": i for i in range(model.config.vocab_size)}, unk_token="t0")
+    )
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t0", pad_token="t0")
     text = lambda ids: " ".join(f"t{i}" for i in ids.tolist())
-    rows = [{"prompt": text(batch.ids[n][batch.pad_mask[n] & ~batch.loss_mask[n]]) + " ",
-             "chosen": text(batch.ids[n][batch.loss_mask[n]]),
-             "rejected": text(batch.ids[n + 1][batch.loss_mask[n + 1]])} for n in range(0, len(batch.ids), 2)]
+    rows = [
+        {
+            "prompt": text(batch.ids[n][batch.pad_mask[n] & ~batch.loss_mask[n]]) + " ",
+            "chosen": text(batch.ids[n][batch.loss_mask[n]]),
+            "rejected": text(batch.ids[n + 1][batch.loss_mask[n + 1]]),
+        }
+        for n in range(0, len(batch.ids), 2)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         args = trl.DPOConfig(
-            folder, beta=BETA, precompute_ref_log_probs=True, gradient_checkpointing=False, max_length=None,
-            bf16=False, use_cpu=not batch.ids.is_cuda, per_device_train_batch_size=len(rows),
-            dataloader_pin_memory=False, report_to="none")  # fmt: skip
-        trainer = trl.DPOTrainer(model, args=args, train_dataset=datasets.Dataset.from_list(rows),
-                                 processing_class=tokenizer)
+            folder,
+            beta=BETA,
+            precompute_ref_log_probs=True,
+            gradient_checkpointing=False,
+            max_length=None,
+            bf16=False,
+            use_cpu=not batch.ids.is_cuda,
+            per_device_train_batch_size=len(rows),
+            dataloader_pin_memory=False,
+            report_to="none",
+        )
+        trainer = trl.DPOTrainer(
+            model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+        )
     inputs = trainer.data_collator(list(trainer.train_dataset))
     inputs |= {"ref_chosen_logps": ref_logps[:, 0], "ref_rejected_logps": ref_logps[:, 1]}
     inputs = {key: value.to(batch.ids.device) for key, value in inputs.items()}
@@ -224,8 +305,9 @@ def check_same_work(sides):
     our_name = llava_name if any(hasattr(model, "vlm_config") for model, _ in sides.values()) else str
     for side, (model, loss) in sides.items():
         value = step(model, loss)
-        gradient = {our_name(key): p.grad.clone() for key, p in model.named_parameters()
-                    if p.grad is not None}  # fmt: skip
+        gradient = {
+            our_name(key): p.grad.clone() for key, p in model.named_parameters() if p.grad is not None
+        }
         if expected is None:
             expected = value, gradient
             wide = next(iter(gradient.values())).is_cuda
