@@ -23,9 +23,14 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from minicot.config import AlignConfig, check, run
-from minicot.data import check_pictures, collate, default_length, encode_row, image_reader, make_groups, pairs
-from minicot.data import peek, read_problems, read_samples, refuse_shared, samples_to_row, schedule, seed_of
-from minicot.data import style_of, target, text_room, to_groups, truncate_words
+from minicot.data import check_pictures, collate, encode_row, image_reader, make_groups, pairs
+from minicot.errors import InputError
+from minicot.sets import default_length
+from minicot.data import peek, schedule, seed_of
+from minicot.records import read_samples, samples_to_row
+from minicot.sets import read_problems, refuse_shared
+from minicot.data import target, text_room, to_groups, truncate_words
+from minicot.sets import style_of
 from minicot.losses import aft_loss, better_than, dpo_loss, ipo_loss, pro_loss, rrhf_loss, sequence_logps
 from minicot.losses import sft_loss
 from minicot.metrics import accuracy, paired_difference, repeated_4grams
@@ -149,9 +154,9 @@ def reference_logps(path, folder, tokenizer, groups, config, reader, device):
             with safe_open(path, "pt") as file:
                 kept, flat = (file.metadata() or {}).get("key"), file.get_tensor("logps")
         except SafetensorError as error:
-            raise ValueError(f"{path}: not a file of reference log-probabilities ({error})") from None
+            raise InputError(f"{path}: not a file of reference log-probabilities ({error})") from None
         if kept != key:
-            raise ValueError(
+            raise InputError(
                 f"{path} holds reference log-probabilities of other weights, data or tokenizer; "
                 "allowed: another --ref-logps file, or delete it"
             )
@@ -222,6 +227,8 @@ def check_flags(c, method):
         c.margin,
         "a number with --constraint boundary, and nothing without",
     )
+    smoothed = c.label_smoothing and c.constraint != "none"
+    check(not smoothed, "--label-smoothing", c.label_smoothing, "0 with a --constraint")
     if method.sft_on == "reference":
         check(c.reference, "--reference", c.reference, f"true: {c.method} trains its SFT term on it")
 

@@ -22,8 +22,11 @@ import torch
 from tqdm import tqdm
 
 from minicot.config import SampleConfig, check, run
-from minicot.data import Problem, default_length, image_reader, read_problems, read_samples, samples_to_row
-from minicot.data import style_of
+from minicot.data import image_reader
+from minicot.errors import InputError
+from minicot.records import Problem, read_samples, samples_to_row
+from minicot.sets import default_length, read_problems
+from minicot.sets import style_of
 from minicot.metrics import accuracy, degeneration, majority_accuracy, pass_at_k
 from minicot.sampling import sample_groups
 from minicot.tokenizer import Tokenizer
@@ -75,10 +78,10 @@ def write_samples(path, groups, problems, settings, overwrite):
     refused."""
     path, beside, done = Path(path), Path(f"{path}.settings.json"), set()
     if path.is_dir():
-        raise ValueError(f"--out {path} is a folder, expected a file")
+        raise InputError(f"--out {path} is a folder, expected a file")
     if path.is_file() and path.stat().st_size and not overwrite:
         if not beside.is_file() or read_json(beside) != settings:
-            raise ValueError(
+            raise InputError(
                 f"--out {path} was made with other settings or another model ({beside}); "
                 "allowed: the same, --overwrite, or another file"
             )
@@ -149,7 +152,7 @@ def evaluate(config, groups, problems, folder):
     out, start = Path(config.out or folder / "results.json"), time.perf_counter()
     ours = out.suffix == ".json" and (not out.exists() or "metrics" in read_json(out))
     if out.exists() and not ours and not config.overwrite:
-        raise ValueError(f"--out {out} holds no results of sample.py; allowed: another file, --overwrite")
+        raise InputError(f"--out {out} holds no results of sample.py; allowed: another file, --overwrite")
     watch = lambda stream: list(tqdm(stream, total=len(problems), unit="problem", disable=None))
     greedy = watch(groups(problems, n=1, temperature=0.0))
     metrics = summarise(greedy, watch(groups(problems)) if config.n > 1 else [])

@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from minicot import plots
 from minicot.config import TrainConfig, check, run
-from minicot.data import IMAGE, check_pictures, collate, encode_row, fit, image_reader, peek, read_problems
-from minicot.data import refuse_shared, schedule, seed_of, target, text_room
+from minicot.data import IMAGE, check_pictures, collate, encode_row, fit, image_reader, peek
+from minicot.sets import read_problems
+from minicot.data import schedule, seed_of, target, text_room
+from minicot.sets import refuse_shared
 from minicot.losses import sft_loss
 from minicot.metrics import paired_difference
 from minicot.scoring import score

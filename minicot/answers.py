@@ -9,6 +9,8 @@ import re
 import unicodedata
 from fractions import Fraction
 
+from minicot.errors import InputError
+
 # What stands before the answer; the answer runs to the end of the line.
 _MARKERS = {
     "hash": re.compile(r"(?<!#)####(?!#)"),  # GSM8K
@@ -62,7 +64,7 @@ def extract_answer(text: str, style: str) -> str | None:
     if style == "boxed":
         return _extract_boxed(text)
     if style not in _MARKERS:
-        raise ValueError(f"answer style {style!r} is unknown; allowed: {', '.join(STYLES)}")
+        raise InputError(f"answer style {style!r} is unknown; allowed: {', '.join(STYLES)}")
     after = _after_last(_MARKERS[style], text)
     return None if after is None else _trim(after) or None
 

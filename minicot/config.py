@@ -15,6 +15,8 @@ import typing
 from dataclasses import dataclass
 from typing import Literal
 
+from minicot.errors import InputError
+
 
 INSIDE = {"at least": operator.ge, "above": operator.gt, "at most": operator.le}
 
@@ -43,7 +45,7 @@ class Flags:
             if not (finite and inside):
                 allowed = " and ".join(f"{kind} {limit:g}" for kind, limit in limits.items())
                 name, allowed = "--" + field.name.replace("_", "-"), allowed or "a finite number"
-                raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
+                raise InputError(f"{name} is {value!r}; allowed: {allowed}")
 
 
 @dataclass(frozen=True)
@@ -256,14 +258,14 @@ def parse(config_class, argv=None):
 def check(condition, name, value, allowed):
     """Refuse a flag's value: `check(0 < lr, "--lr", lr, "a number above 0")`."""
     if not condition:
-        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
+        raise InputError(f"{name} is {value!r}; allowed: {allowed}")
 
 
 def run(main, config_class, argv=None):
-    """Run a script: bad input (ValueError, OSError) ends in one line and exit code 2, without a traceback."""
+    """Run a script: bad input (InputError, OSError) ends in one line and exit code 2, without a traceback."""
     try:
         main(parse(config_class, argv))
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1,420 +1,27 @@
-"""Problems, graded responses and batches: the one data flow.
+"""Rows and batches: from problems and graded responses to what a model reads and a loss looks at.
 
-    problems (JSONL or a known set) -> rows of token ids -> Batch          (train.py)
-    problems -> Samples (K graded responses each) -> rows -> Batch         (sample.py, align.py)
+    problems -> rows of token ids -> Batch                                         (train.py)
+    Samples (a problem, K graded responses) -> groups of rows -> Batch             (align.py)
 
 Letters: N rows, B groups (problems), K the largest group of the batch, T tokens of the longest row.
 """
 
-import csv
 import hashlib
-import json
 import math
-import re
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from minicot.answers import extract_answer, is_correct
-from minicot.images import ImageProcessor, load_image, locate
+from minicot.errors import InputError
+from minicot.images import ImageProcessor, load_image
+from minicot.records import LETTERS, Response
 from minicot.toy import pictures
-from minicot.toy import problems as toy
 
-LETTERS = "ABCDEFGHIJ"
 IMAGE = "<image>"  # where a picture stands in a text; one token of a vision-language folder's tokenizer
 COT_PROMPT, DIRECT_PROMPT = "\nThink step by step.", "\nAnswer briefly."
-
-
-# ---- records: what one line of a file says -------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One question. `answer` is the gold answer (a letter where there are `choices`), `solution` a worked
-    solution that ends with the marked answer, `image` a picture file (or a list of them) inside the folder
-    `image_root`, or "toy:" and what toy/pictures.py draws. Whoever needs an absent field says so."""
-
-    id: str
-    question: str
-    answer: str | None = None
-    solution: str | None = None
-    steps: list | None = None
-    image: str | list | None = None
-    image_root: str | None = None
-    choices: list | None = None
-
-    @property
-    def images(self):
-        """[(picture, its root)], in the order of their placeholders."""
-        found = [self.image] if isinstance(self.image, str) else self.image or []
-        return [(name, self.image_root) for name in found]
-
-
-@dataclass(frozen=True)
-class Response:
-    """One response to a problem. `correct` is the outcome (None: unknown), `reward` the graded quality (None:
-    as `correct`); `finish` "stop" means that the model ended it, and only then is EOS trained and scored."""
-
-    text: str
-    correct: bool | None = None
-    reward: float | None = None
-    finish: str = "stop"
-    ids: list | None = None
-    answer: str | None = None
-    step_labels: list | None = None
-    scores: dict | None = None
-
-
-@dataclass(frozen=True)
-class Samples:
-    """A problem and its K responses: one line of samples.jsonl. `error` says why there are none: a picture
-    that cannot be read costs its own problem alone."""
-
-    problem: Problem
-    responses: list = field(default_factory=list)
-    error: str | None = None
-
-    @property
-    def first(self):
-        """The first response; where there is none, an empty wrong one."""
-        return self.responses[0] if self.responses else Response("", correct=False, ids=[])
-
-
-TEXT, NUMBER, LIST, BOOL = (str,), (int, float), (list,), (bool,)
-PROBLEM_FIELDS = {
-    "id": TEXT + (int,),
-    "question": TEXT,
-    "answer": TEXT + NUMBER,
-    "solution": TEXT,
-    "steps": LIST,
-    "image": TEXT + LIST,
-    "image_root": TEXT,
-    "choices": LIST,
-}
-RESPONSE_FIELDS = {
-    "text": TEXT,
-    "correct": BOOL,
-    "reward": NUMBER,
-    "finish": TEXT,
-    "ids": LIST,
-    "answer": TEXT,
-    "step_labels": LIST,
-    "scores": (dict,),
-}
-ITEM_TYPES = {"steps": TEXT, "choices": TEXT, "image": TEXT, "ids": (int,), "step_labels": BOOL + (int,)}
-
-
-def typed(row, fields, where):
-    """The known fields of a JSON object, with their types checked; absent and null are the same."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: found a JSON {type(row).__name__}, expected an object")
-    found = {name: row[name] for name in fields if row.get(name) is not None}
-    for name, value in found.items():
-        ok = isinstance(value, fields[name]) and not (isinstance(value, bool) and bool not in fields[name])
-        if ok and isinstance(value, list):
-            ok = all(isinstance(item, ITEM_TYPES[name]) for item in value)
-        if not ok:
-            expected = describe(name, fields[name])
-            raise ValueError(f"{where}: field {name!r} is {value!r:.80}, expected {expected}")
-        texts = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
-        if not all(map(encodable, texts)):
-            raise ValueError(f"{where}: field {name!r} holds a lone surrogate, which is no text")
-        if isinstance(value, (int, float)) and not abs(value) <= 1e300:
-            raise ValueError(f"{where}: field {name!r} is {value}, expected a finite number")
-    return found
-
-
-def encodable(text):
-    try:
-        return text.encode() is not None
-    except UnicodeEncodeError:
-        return False
-
-
-def describe(name, kinds):
-    names = {
-        str: "text",
-        int: "a number",
-        float: "a number",
-        bool: "true or false",
-        list: "a list",
-        dict: "an object",
-    }
-    words = " or ".join(dict.fromkeys(names[kind] for kind in kinds))
-    return words + (
-        f" of {' or '.join(dict.fromkeys(k.__name__ for k in ITEM_TYPES[name]))}"
-        if name in ITEM_TYPES
-        else ""
-    )
-
-
-def problem_from_row(row, where, line_number):
-    """A JSON object -> Problem. A missing id becomes the line number; a missing question is an error."""
-    found = typed(row, PROBLEM_FIELDS, where)
-    if "question" not in found:
-        raise ValueError(f"{where}: no field 'question'; found {sorted(row)}")
-    found["id"] = str(found.get("id", line_number))
-    if "image" in found:  # relative to the file that names it
-        found.setdefault("image_root", str(Path(where.rpartition(":")[0]).parent.resolve()))
-        for name in [found["image"]] if isinstance(found["image"], str) else found["image"]:
-            check_image(name, found["image_root"], where)
-    if "answer" in found:
-        found["answer"] = str(found["answer"])
-    if len(found.get("choices", [])) > len(LETTERS):
-        raise ValueError(f"{where}: {len(found['choices'])} choices; allowed: at most {len(LETTERS)}")
-    if "choices" in found and "answer" in found and found["answer"] not in LETTERS[: len(found["choices"])]:
-        raise ValueError(f"{where}: answer is {found['answer']!r}; allowed: a letter of its choices")
-    return Problem(**found)
-
-
-def check_image(name, root, where):
-    """Refuse, by its row, a picture that is not there or not inside its folder; it is read later."""
-    try:
-        if not name.startswith("toy:"):
-            locate(name, root)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def response_from_row(row, where):
-    found = typed(row, RESPONSE_FIELDS, where)
-    if "text" not in found:
-        raise ValueError(f"{where}: a response has no field 'text'")
-    if found.get("finish", "stop") not in ("stop", "length"):
-        raise ValueError(f"{where}: finish is {found['finish']!r}, allowed: 'stop', 'length'")
-    return Response(**found)
-
-
-def samples_to_row(samples):
-    """Samples -> the JSON object of one line; fields that are None are left out."""
-    row = {name: value for name, value in asdict(samples.problem).items() if value is not None}
-    row |= {"error": samples.error} if samples.error else {}
-    row["responses"] = [
-        {name: value for name, value in asdict(response).items() if value is not None or name == "correct"}
-        for response in samples.responses
-    ]
-    return row
-
-
-def samples_from_row(row, where, line_number):
-    """A line of samples.jsonl, or TRL's {prompt, chosen, rejected} (a group of two: rewards 1 and 0) ->
-    Samples."""
-    if isinstance(row, dict) and {"prompt", "chosen", "rejected"} <= row.keys():
-        row = {
-            "id": row.get("id"),
-            "question": row["prompt"],
-            "responses": [{"text": row["chosen"], "reward": 1.0}, {"text": row["rejected"], "reward": 0.0}],
-        }
-    problem = problem_from_row(row, where, line_number)
-    responses = row.get("responses")
-    if not isinstance(responses, list):
-        raise ValueError(f"{where}: field 'responses' is {responses!r:.40}, expected a list of objects")
-    error = typed(row, {"error": TEXT}, where).get("error")
-    return Samples(problem, [response_from_row(response, where) for response in responses], error)
-
-
-def read_jsonl(path):
-    """Yield (line number, object) of a JSON-lines file; a malformed line is an error that names it."""
-    path = Path(path)
-    if not path.is_file():
-        found = "a folder, expected a file" if path.is_dir() else "no such file"
-        raise FileNotFoundError(f"{path}: {found}")
-    with open(path, encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield number, json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        raise ValueError(
-                            f"{path}:{number}: not JSON ({error}); found {line.strip()!r:.60}"
-                        ) from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error})") from None
-
-
-def read_samples(path):
-    """samples.jsonl -> list of Samples; ids must be unique."""
-    found = [(number, samples_from_row(row, f"{path}:{number}", number)) for number, row in read_jsonl(path)]
-    refuse_duplicates([(number, samples.problem.id) for number, samples in found], path)
-    if not found:
-        raise ValueError(f"{path}: no samples in it")
-    return [samples for _, samples in found]
-
-
-def refuse_duplicates(numbered_ids, path):
-    first = {}
-    for number, id_ in numbered_ids:
-        if id_ in first:
-            raise ValueError(
-                f"{path}:{number}: id {id_!r} was already given on line {first[id_]}; ids must be unique"
-            )
-        first[id_] = number
-
-
-# ---- known sets, as they are published -----------------------------------------------------------
-
-
-def gsm8k_row(row, number, stem):
-    """Cobbe et al. 2021: `answer` is the worked solution; its calculator marks <<48/2=24>> are left out."""
-    solution = re.sub(r"<<[^>]*>>", "", row["answer"])
-    if extract_answer(solution, "hash") is None:
-        raise ValueError("its answer has no line #### number")
-    return {
-        "id": f"gsm8k-{stem}-{number}",
-        "question": row["question"],
-        "solution": solution,
-        "answer": extract_answer(solution, "hash"),
-    }
-
-
-def aqua_row(row, number, stem):
-    """Ling et al. 2017: options "A)32400", a rationale, the letter of the right option."""
-    options = [re.sub(r"^\s*[A-E]\s*\)\s*", "", option) for option in row["options"]]
-    return {
-        "id": f"aqua-{stem}-{number}",
-        "question": row["question"],
-        "choices": options,
-        "answer": row["correct"],
-        "solution": f"{row['rationale'].strip()}\nThe answer is ({row['correct']}).",
-    }
-
-
-def ecqa_row(row, number, stem):
-    """Aggarwal et al. 2021, cqa_data_<split>.csv: a question, five options, the right one's text, a free-flow
-    explanation (taskB). Or {id, question, choices, answer: index, explanation?} as JSON lines."""
-    if "q_text" in row:
-        choices = [row[f"q_op{i}"] for i in range(1, 6)]
-        row = {
-            "id": row["q_no"],
-            "question": row["q_text"],
-            "choices": choices,
-            "answer": choices.index(row["q_ans"]),
-            "explanation": row["taskB"],
-        }
-    letter = dict(enumerate(LETTERS[: len(row["choices"])]))[row["answer"]]
-    explanation = row.get("explanation")
-    return {
-        "id": row["id"],
-        "question": row["question"],
-        "choices": row["choices"],
-        "answer": letter,
-        "solution": explanation and f"{explanation.strip()}\nThe answer is ({letter}).",
-    }
-
-
-def arithmetic_row(row, number, stem):
-    """SVAMP.json (Patel et al. 2021): Body, Question, Answer. MultiArith.json, AddSub.json, SingleEq.json:
-    sQuestion, lSolutions. Or {id, question, answer} as JSON lines."""
-    if "Body" in row:
-        question = f"{row['Body'].strip()} {row['Question'].strip()}"
-        return {"id": row["ID"], "question": question, "answer": row["Answer"]}
-    if "sQuestion" in row:
-        answer = row["lSolutions"][0]
-        return {"id": f"{stem}-{row['iIndex']}", "question": row["sQuestion"].strip(), "answer": answer}
-    return {"id": row["id"], "question": row["question"], "answer": row["answer"]}
-
-
-def tabmwp_row(row, number, stem):
-    """Lu et al. 2023, TabMWP: problems_<split>.json beside tables/<id>.png, questions on pictured tables; or
-    JSON lines that name their `image`. The published solutions don't mark the answer: a line is added."""
-    choices, answer = row["choices"], row["answer"]
-    return {
-        "id": f"tabmwp-{row['id']}",
-        "question": row["question"],
-        "choices": choices,
-        "answer": LETTERS[choices.index(answer)] if choices else answer,
-        "solution": f"{row['solution'].strip()}\n#### {answer}",
-        "image": row.get("image") or f"tables/{row['id']}.png",
-    }
-
-
-def read_rows(path):
-    """Yield (line or element number, object) of JSON lines, of a JSON array or an object of objects by id
-    (.json), or of a table (.csv)."""
-    if path.suffix not in (".json", ".csv") or not path.is_file():
-        yield from read_jsonl(path)
-        return
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            found = json.load(file) if path.suffix == ".json" else list(csv.DictReader(file))
-    except (ValueError, RecursionError, csv.Error) as error:
-        raise ValueError(f"{path}: not {path.suffix[1:].upper()} ({error})") from None
-    if isinstance(found, dict) and found and all(isinstance(row, dict) for row in found.values()):
-        found = [{"id": id_, **row} for id_, row in found.items()]
-    if not isinstance(found, list):
-        raise ValueError(f"{path}: holds a JSON {type(found).__name__}, expected an array")
-    yield from enumerate(found, 1)
-
-
-# name: (reader of a row, style of the final answer, file name of a split where it differs)
-KNOWN_SETS = {
-    "gsm8k": (gsm8k_row, "hash", {}),
-    "aqua": (aqua_row, "letter", {"validation": "dev"}),
-    "ecqa": (ecqa_row, "letter", {"validation": "val"}),
-    "tabmwp": (tabmwp_row, "hash", {"validation": "dev"}),
-    **{name: (arithmetic_row, "hash", {}) for name in ("svamp", "multiarith", "addsub", "singleeq")},
-}
-TOYS = {"toy": toy.rows, "toy-pictures": pictures.rows}
-TOY_SIZES = {"train": 20_000, "validation": 1_000, "test": 1_000}
-
-
-def style_of(spec):
-    """How the final answer is marked in a data source, e.g. "hash" for `#### 18`."""
-    return KNOWN_SETS[spec.split(":")[0]][1] if spec.split(":")[0] in KNOWN_SETS else "hash"
-
-
-def read_problems(spec, split="train", *, limit=0):
-    """`toy`, `toy-pictures`, `gsm8k:PATH` (a folder with train.jsonl / test.jsonl, or one file) or
-    `file.jsonl` -> list of Problem.
-
-    `split` may be a slice, `train[7000:]`. limit > 0 keeps the first problems. ValueError names file, line
-    and value."""
-    name, _, path = spec.partition(":")
-    if limit < 0:
-        raise ValueError(f"limit is {limit}; allowed: 0 (all) or more")
-    match = re.fullmatch(r"([\w-]+)(?:\[(-?\d*):(-?\d*)\])?", split)
-    if not match:
-        raise ValueError(f"split is {split!r}; allowed: a name, or a slice of one such as train[:7000]")
-    split, start, stop = match[1], *(int(text) if text else None for text in match.groups()[1:])
-    if spec in TOYS:
-        if split not in TOY_SIZES:
-            raise ValueError(f"split is {split!r}; allowed for {spec}: {', '.join(TOY_SIZES)}")
-        source = f"{spec} {split}"
-        whole = start is not None or stop is not None or not limit
-        rows = enumerate(TOYS[spec](split, TOY_SIZES[split] if whole else min(limit, TOY_SIZES[split])), 1)
-    elif name in KNOWN_SETS and path:
-        reader, _, file_names = KNOWN_SETS[name]
-        source, split = Path(path), file_names.get(split, split)
-        if source.is_dir():
-            published = [source / f"cqa_data_{split}.csv", source / f"problems_{split}.json"]
-            source = next((file for file in published if file.is_file()), source / f"{split}.jsonl")
-        rows = ((number, convert(reader, row, number, source)) for number, row in read_rows(source))
-    elif spec.endswith(".jsonl"):
-        source = Path(spec)
-        rows = read_jsonl(source)
-    else:
-        known = ", ".join(f"{known}:PATH" for known in KNOWN_SETS)
-        raise ValueError(f"data is {spec!r}; allowed: {', '.join(TOYS)}, {known}, FILE.jsonl")
-    numbered = [(number, problem_from_row(row, f"{source}:{number}", number)) for number, row in rows]
-    refuse_duplicates([(number, problem.id) for number, problem in numbered], source)
-    problems = [problem for _, problem in numbered][start:stop][: limit or None]
-    if not problems:
-        raise ValueError(f"{source}: no problems in it")
-    return problems
-
-
-def convert(reader, row, number, source):
-    """One published row -> our row; a row of another shape is an error with its line number."""
-    try:
-        return reader(row, number, source.stem)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{source}:{number}: not a row of this set ({type(error).__name__}: {error})"
-        ) from None
 
 
 # ---- text: what the model reads and writes -------------------------------------------------------
@@ -441,7 +48,7 @@ def target(problem, mode):
     """What SFT teaches: the worked solution ("cot", "plain") or the bare answer ("direct")."""
     text = problem.solution if mode != "direct" else problem.answer
     if text is None:
-        raise ValueError(
+        raise InputError(
             f"problem {problem.id!r} has no {'solution' if mode != 'direct' else 'answer'}, "
             f"which training in mode {mode!r} needs"
         )
@@ -485,12 +92,12 @@ def encode_row(tokenizer, problem, text, *, mode, finish="stop", ids=None, **row
     prompt = prompt_text(tokenizer, problem, mode)
     if ids is not None:
         if any(not 0 <= i < 2**31 for i in ids) or tokenizer.decode(ids) != text:
-            raise ValueError(
+            raise InputError(
                 f"problem {problem.id!r}: the response's ids do not read as its text; "
                 "the samples were made with another tokenizer"
             )
         if (ids[-1:] != [] and ids[-1] in tokenizer.stop_ids) != (finish == "stop"):
-            raise ValueError(f"problem {problem.id!r}: finish is {finish!r}, but its ids end in {ids[-1:]}")
+            raise InputError(f"problem {problem.id!r}: finish is {finish!r}, but its ids end in {ids[-1:]}")
         prompt_ids = tokenizer.encode(prompt)
         all_ids, n_prompt = prompt_ids + list(ids), len(prompt_ids)
     else:
@@ -500,7 +107,7 @@ def encode_row(tokenizer, problem, text, *, mode, finish="stop", ids=None, **row
     if not prompt and tokenizer.bos_id is not None:
         all_ids, n_prompt = [tokenizer.bos_id] + all_ids, 1
     if len(all_ids) <= max(n_prompt, 1):
-        raise ValueError(f"problem {problem.id!r}: no token to train or score; question and text are empty")
+        raise InputError(f"problem {problem.id!r}: no token to train or score; question and text are empty")
     return Row(problem.id, all_ids, max(n_prompt, 1), images=tuple(problem.images), **row_fields)
 
 
@@ -509,14 +116,14 @@ def fit(rows, max_length, overlong):
     never cut."""
     long = [row for row in rows if len(row.ids) > max_length]
     if long and overlong == "refuse":
-        raise ValueError(
+        raise InputError(
             f"{len(long)} of {len(rows)} rows are longer than {max_length} tokens, the first is problem "
             f"{long[0].problem_id!r} with {len(long[0].ids)}; allowed: a larger --max-length (within the "
             "model's context) or --overlong skip"
         )
     kept = [row for row in rows if len(row.ids) <= max_length]
     if not kept:
-        raise ValueError(f"all {len(rows)} rows are longer than {max_length} tokens")
+        raise InputError(f"all {len(rows)} rows are longer than {max_length} tokens")
     return kept, len(long)
 
 
@@ -570,7 +177,7 @@ class ImageReader:
     def expand(self, ids, problem_id, n_images):
         """Each placeholder id -> its n tokens. ValueError where there are not as many as pictures."""
         if ids.count(self.token_id) != n_images:
-            raise ValueError(
+            raise InputError(
                 f"problem {problem_id!r}: {ids.count(self.token_id)} {IMAGE} in its text, {n_images} "
                 "pictures; allowed: one for each, or none in the question"
             )
@@ -584,7 +191,7 @@ def image_reader(model, tokenizer, folder):
         return None
     config = model.vlm_config
     if tokenizer.encode(IMAGE) != [config.image_token_id]:
-        raise ValueError(
+        raise InputError(
             f"{tokenizer.folder}: its tokenizer reads {IMAGE} as {tokenizer.encode(IMAGE)}; "
             f"allowed: as the model's image token, [{config.image_token_id}]"
         )
@@ -604,7 +211,7 @@ def check_pictures(groups, reader, source):
         if reader is not None:
             reader.expand(row.ids, row.problem_id, len(row.images))
         elif row.images:
-            raise ValueError(
+            raise InputError(
                 f"{source}: problem {row.problem_id!r} has a picture, but the model reads text "
                 "only; allowed: a vision-language folder, or train.py --vision"
             )
@@ -686,21 +293,6 @@ def schedule(lengths, batch_size, n_rows, seed):
     return batches
 
 
-def refuse_shared(trained, held_out, flag):
-    """Refuse held-out problems that are trained on (a single file has no splits but slices)."""
-    shared = {problem.id for problem in trained} & {problem.id for problem in held_out}
-    if shared:
-        raise ValueError(
-            f"{flag}: {len(shared)} held-out problems are among the trained ones, e.g. {min(shared)!r}; "
-            "allowed: problems that are not, such as --split train[:900] and train[900:]"
-        )
-
-
-def default_length(spec):
-    """Longest response in tokens where no flag says it."""
-    return 96 if spec in TOYS else 256
-
-
 def seed_of(*parts):
     """A 63-bit seed that is a function of its parts (e.g. a run's seed and a problem's id), the same on
     every machine."""
@@ -744,7 +336,7 @@ def pairs(samples, *, max_pairs=3, window=(0.25, 0.85), seed):
         if all(response.correct is None for response in group.responses):
             rewards = [response.reward for response in group.responses]
             if len(rewards) != 2 or None in rewards or rewards[0] <= rewards[1]:
-                raise ValueError(
+                raise InputError(
                     f"problem {group.problem.id!r}: without 'correct', a group must be a chosen and a "
                     f"rejected response; found rewards {rewards}"
                 )
@@ -765,7 +357,7 @@ def pairs(samples, *, max_pairs=3, window=(0.25, 0.85), seed):
         for i in rng.permutation(len(couples))[:max_pairs]:
             found.append(replace(group, responses=list(couples[i])))
     if not found:
-        raise ValueError(
+        raise InputError(
             f"no right x wrong pair in {len(samples)} groups whose share of right responses lies in "
             f"{list(window)}; allowed: a wider --pair-low, --pair-high, or more samples"
         )
@@ -812,7 +404,7 @@ def make_groups(tokenizer, samples, *, mode, max_length, reference):
         for response in unlike:
             reward = response.reward if response.reward is not None else response.correct
             if reward is None:
-                raise ValueError(f"problem {problem.id!r}: a response has neither 'reward' nor 'correct'")
+                raise InputError(f"problem {problem.id!r}: a response has neither 'reward' nor 'correct'")
             row = encode_row(
                 tokenizer,
                 problem,
@@ -835,5 +427,5 @@ def make_groups(tokenizer, samples, *, mode, max_length, reference):
         else:
             counts["without a response"] += 1
     if not groups:
-        raise ValueError(f"no group is left of {len(samples)}: {dict(counts)}")
+        raise InputError(f"no group is left of {len(samples)}: {dict(counts)}")
     return groups, dict(counts)

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from minicot.errors import InputError
+
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 2**26  # 8,192 x 8,192: what a file may hold, and what a resized picture may have
 NESTED, PLAIN = "processor_config.json", "preprocessor_config.json"
@@ -75,23 +77,23 @@ def load_image(path, root=None) -> Image.Image:
     try:
         image = Image.open(file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"{where}: found far too many pixels; allowed: at most {MAX_PIXELS:,}") from None
+        raise InputError(f"{where}: found far too many pixels; allowed: at most {MAX_PIXELS:,}") from None
     except Exception:  # noqa: BLE001 - a broken header may raise anything
         with open(file, "rb") as opened:
             start = opened.read(12)
-        raise ValueError(
+        raise InputError(
             f"{where}: found no picture that can be read (its first bytes are {start}); "
             f"allowed: {', '.join(FORMATS)}"
         ) from None
     with image:
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise ValueError(f"{where}: found {width} x {height} pixels; allowed: at most {MAX_PIXELS:,}")
+            raise InputError(f"{where}: found {width} x {height} pixels; allowed: at most {MAX_PIXELS:,}")
         try:
             return to_rgb(ImageOps.exif_transpose(image))
         except Exception as error:  # noqa: BLE001 - a decoder may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(
+            raise InputError(
                 f"{where}: found a broken or truncated {image.format} ({reason}); allowed: a whole one"
             ) from None
 
@@ -106,9 +108,9 @@ def locate(path, root):
         raise FileNotFoundError(f"{where}: no such file" + (f" in {root}" if root else "")) from None
     except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{where}: found no readable file ({reason})") from None
+        raise InputError(f"{where}: found no readable file ({reason})") from None
     if not inside:
-        raise ValueError(f"{where}: found a path that leaves its folder; allowed: files inside {root}")
+        raise InputError(f"{where}: found a path that leaves its folder; allowed: files inside {root}")
     if not stat.S_ISREG(found.st_mode) or not found.st_size:
         kind = (
             "a folder"
@@ -117,7 +119,7 @@ def locate(path, root):
             if stat.S_ISREG(found.st_mode)
             else "no regular file"
         )
-        raise ValueError(f"{where}: found {kind}; allowed: a {', '.join(FORMATS)} file")
+        raise InputError(f"{where}: found {kind}; allowed: a {', '.join(FORMATS)} file")
     return file
 
 
@@ -171,7 +173,7 @@ class ImageProcessor:
         found = [self._pixels(image) for image in images]
         sizes = sorted({(pixels.shape[2], pixels.shape[1]) for pixels in found})
         if len(sizes) != 1:
-            raise ValueError(f"pictures come out as {sizes or 'none'} (width, height); allowed: one size")
+            raise InputError(f"pictures come out as {sizes or 'none'} (width, height); allowed: one size")
         return torch.stack(found)
 
     def _pixels(self, image):
@@ -179,7 +181,7 @@ class ImageProcessor:
         if options["do_convert_rgb"]:
             image = to_rgb(image)
         elif image.mode != "RGB":
-            raise ValueError(f"found a picture of mode {image.mode}; allowed: RGB (do_convert_rgb is false)")
+            raise InputError(f"found a picture of mode {image.mode}; allowed: RGB (do_convert_rgb is false)")
         if options["do_pad"] and image.width != image.height:
             side = max(image.size)
             square = Image.new("RGB", (side, side), tuple(int(x * 255) for x in options["image_mean"]))
@@ -208,7 +210,7 @@ def _resized(image, size):
     edge, short, long = size["shortest_edge"], min(image.size), max(image.size)
     longest = int(edge * long / short)
     if edge * longest > MAX_PIXELS:
-        raise ValueError(
+        raise InputError(
             f"found a picture of {image.width} x {image.height} pixels, which become {edge} "
             f"x {longest} on resizing; allowed: at most {MAX_PIXELS:,} pixels"
         )
@@ -227,46 +229,46 @@ def _read_options(folder):
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}: not JSON ({error})") from None
+            raise InputError(f"{file}: not JSON ({error})") from None
         if not isinstance(config, dict):
-            raise ValueError(f"{file}: holds a JSON {type(config).__name__}, expected an object")
+            raise InputError(f"{file}: holds a JSON {type(config).__name__}, expected an object")
         if name == PLAIN or "image_processor" in config:
             return (config if name == PLAIN else config["image_processor"]), str(file)
-    raise ValueError(f"{folder}: no {PLAIN}, and no image_processor in a {NESTED}")
+    raise InputError(f"{folder}: no {PLAIN}, and no image_processor in a {NESTED}")
 
 
 def parse_options(config: dict, where: str) -> dict:
     """The options of a preprocessor_config.json, checked and without gaps; null means absent."""
     if not isinstance(config, dict):
-        raise ValueError(f"{where}: image_processor is {config!r:.60}; allowed: an object")
+        raise InputError(f"{where}: image_processor is {config!r:.60}; allowed: an object")
     config = {name: value for name, value in config.items() if value is not None}
     kind = config.get("image_processor_type", config.get("feature_extractor_type"))
     known = str(kind).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if known not in DEFAULTS:
-        raise ValueError(f"{where}: image_processor_type is {kind!r}; allowed: {', '.join(DEFAULTS)}")
+        raise InputError(f"{where}: image_processor_type is {kind!r}; allowed: {', '.join(DEFAULTS)}")
     options = {"image_processor_type": known} | DEFAULTS[known]
     for name, value in config.items():
         if name in options and name != "image_processor_type":
             options[name] = value
         elif name not in IGNORED and ALLOWED_VALUES.get(name, False) != value:
-            raise ValueError(f"{where}: {name} is {value!r:.60}; allowed: {', '.join(options)}")
+            raise InputError(f"{where}: {name} is {value!r:.60}; allowed: {', '.join(options)}")
     for name, value in options.items():
         if name.startswith("do_") and not isinstance(value, bool):
-            raise ValueError(f"{where}: {name} is {value!r:.60}; allowed: true, false")
+            raise InputError(f"{where}: {name} is {value!r:.60}; allowed: true, false")
     if options["do_pad"] and known != "LlavaImageProcessor":
-        raise ValueError(f"{where}: do_pad is true; allowed: false, but for LlavaImageProcessor")
+        raise InputError(f"{where}: do_pad is true; allowed: false, but for LlavaImageProcessor")
     squares = config.get("default_to_square", False)
     options["size"] = _size(options["size"], "size", where, square=squares is True, edge=True)
     if options["do_center_crop"]:
         options["crop_size"] = _size(options["crop_size"], "crop_size", where, square=True, edge=False)
     if type(options["resample"]) is not int or not 0 <= options["resample"] <= 5:
-        raise ValueError(f"{where}: resample is {options['resample']!r:.60}; allowed: Pillow's, 0 to 5")
+        raise InputError(f"{where}: resample is {options['resample']!r:.60}; allowed: Pillow's, 0 to 5")
     for name, count in (("image_mean", 3), ("image_std", 3), ("rescale_factor", 1)):
         numbers = options[name] if count == 3 else [options[name]]
         if not isinstance(numbers, list) or len(numbers) != count or not all(map(_is_number, numbers)):
-            raise ValueError(f"{where}: {name} is {options[name]!r:.60}; allowed: {count} numbers")
+            raise InputError(f"{where}: {name} is {options[name]!r:.60}; allowed: {count} numbers")
     if min(map(abs, options["image_std"])) < 1e-6:
-        raise ValueError(f"{where}: image_std is {options['image_std']}; allowed: none of it 0")
+        raise InputError(f"{where}: image_std is {options['image_std']}; allowed: none of it 0")
     return options
 
 
@@ -281,7 +283,7 @@ def _size(value, name, where, *, square, edge):
         or set(value) not in shapes
         or not all(type(side) is int and 1 <= side <= 8192 for side in value.values())
     ):
-        raise ValueError(
+        raise InputError(
             f"{where}: {name} is {value!r:.60}; allowed: a number, or an object of height and "
             f"width{' or of shortest_edge' * edge}, from 1 to 8192"
         )

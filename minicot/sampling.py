@@ -10,7 +10,9 @@ row, V vocabulary; H query heads, K key/value heads, G = H / K, D channels of a 
 import numpy as np
 import torch
 
-from minicot.data import Response, Samples, grade, prompt_text, seed_of
+from minicot.data import grade, prompt_text, seed_of
+from minicot.errors import InputError
+from minicot.records import Response, Samples
 from minicot.model import KVCache, attend
 
 
@@ -36,7 +38,7 @@ def choose(logits, uniforms, temperature, top_k, top_p):
     logits = logits if logits.dtype == torch.float64 else logits.float()
     largest, likeliest = logits.max(-1)
     if not largest.isfinite().all():
-        raise ValueError("the model's logits are not finite; its weights are broken or have diverged")
+        raise InputError("the model's logits are not finite; its weights are broken or have diverged")
     if temperature == 0:
         return likeliest
     logits = filter_logits((logits - largest[:, None]) / temperature, top_k, top_p)
@@ -157,7 +159,7 @@ def generate(
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; one a prompt is needed")
     longest, context = max(map(len, prompts)), model.config.max_position_embeddings
     if longest + max_new_tokens > context:
-        raise ValueError(
+        raise InputError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {context}"
         )
 
@@ -268,9 +270,9 @@ def sample_groups(
         if reader is not None:
             prompt = reader.expand(prompt, problem.id, len(problem.images))
         elif problem.images:
-            raise ValueError(f"problem {problem.id!r} has a picture, but the model reads text only")
+            raise InputError(f"problem {problem.id!r} has a picture, but the model reads text only")
         if not 0 < len(prompt) <= context - max_new_tokens:
-            raise ValueError(
+            raise InputError(
                 f"problem {problem.id!r}: a prompt of {len(prompt)} tokens and {max_new_tokens} new ones "
                 f"do not fit into the context of {context}; allowed: a prompt of one token or more"
             )

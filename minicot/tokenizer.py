@@ -15,6 +15,8 @@ from jinja2 import TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from minicot.errors import InputError
+
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -42,13 +44,13 @@ class Tokenizer:
     def __init__(self, folder):
         self.folder = Path(folder)
         if not (self.folder / "tokenizer.json").is_file():
-            raise ValueError(f"{self.folder}: no tokenizer.json there")
+            raise InputError(f"{self.folder}: no tokenizer.json there")
         self.files = {name: file.read_bytes() for name in FILES if (file := self.folder / name).is_file()}
         try:
             self.backend = tokenizers.Tokenizer.from_buffer(self.files["tokenizer.json"])
         except Exception as error:  # noqa: BLE001 - it is what the library raises
             reason = " ".join(str(error).split())
-            raise ValueError(f"{self.folder / 'tokenizer.json'}: no readable tokenizer ({reason})") from None
+            raise InputError(f"{self.folder / 'tokenizer.json'}: no readable tokenizer ({reason})") from None
         self.backend.no_padding()
         self.backend.no_truncation()
         self.backend.post_processor = None  # adds special tokens, which we never do, and trims offsets
@@ -60,7 +62,7 @@ class Tokenizer:
         self.bos_id, eos, pad = (self._token_id(name) for name in SPECIAL[:3])
         stops = self._ids(generation, "eos_token_id")
         if eos is None and not stops:
-            raise ValueError(f"{self.folder}: no eos in tokenizer_config.json or generation_config.json")
+            raise InputError(f"{self.folder}: no eos in tokenizer_config.json or generation_config.json")
         self.eos_id = stops[0] if eos is None else eos
         self.pad_id = self.eos_id if pad is None else pad
         self.stop_ids = tuple(dict.fromkeys([self.eos_id, *stops]))
@@ -96,7 +98,7 @@ class Tokenizer:
     def chat_prompt(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
         """[{"role", "content"}, ...] -> the prompt text, by the folder's chat template."""
         if self.chat_template is None:
-            raise ValueError(f"{self.folder}: no chat_template.jinja, none in tokenizer_config.json either")
+            raise InputError(f"{self.folder}: no chat_template.jinja, none in tokenizer_config.json either")
         try:
             return self._template.render(
                 messages=messages,
@@ -106,7 +108,7 @@ class Tokenizer:
                 **self.special,
             )
         except Exception as error:  # noqa: BLE001 - a template may raise anything
-            raise ValueError(f"{self.folder}: chat template: {' '.join(str(error).split())}") from None
+            raise InputError(f"{self.folder}: chat template: {' '.join(str(error).split())}") from None
 
     def save(self, folder) -> None:
         """Write the files it was read from, byte for byte."""
@@ -122,7 +124,7 @@ class Tokenizer:
         try:
             return self.backend.encode(text, add_special_tokens=False)
         except TypeError:
-            raise ValueError(f"{text!r:.60} is no text that UTF-8 can write (a lone surrogate)") from None
+            raise InputError(f"{text!r:.60} is no text that UTF-8 can write (a lone surrogate)") from None
 
     @cached_property
     def _template(self):
@@ -132,16 +134,16 @@ class Tokenizer:
         try:
             return self.files[name].decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.folder / name}: not UTF-8 (at byte {error.start})") from None
+            raise InputError(f"{self.folder / name}: not UTF-8 (at byte {error.start})") from None
 
     def _json(self, name: str) -> dict:
         """The object in a JSON file; empty where there is no such file."""
         try:
             value = json.loads(self._text(name)) if name in self.files else {}
         except json.JSONDecodeError as error:
-            raise ValueError(f"{self.folder / name}:{error.lineno}: not JSON ({error.msg})") from None
+            raise InputError(f"{self.folder / name}:{error.lineno}: not JSON ({error.msg})") from None
         if not isinstance(value, dict):
-            raise ValueError(f"{self.folder / name}: holds {type(value).__name__}, not an object")
+            raise InputError(f"{self.folder / name}: holds {type(value).__name__}, not an object")
         return value
 
     def _token(self, config: dict, name: str) -> str:
@@ -149,7 +151,7 @@ class Tokenizer:
         token = config[name]
         content = token.get("content") if isinstance(token, dict) else token
         if not isinstance(content, str):
-            raise ValueError(
+            raise InputError(
                 f"{self.folder / 'tokenizer_config.json'}: {name} {token!r} is neither a string "
                 "nor an object with a content"
             )
@@ -159,7 +161,7 @@ class Tokenizer:
         if name not in self.special:
             return None
         if (token_id := self.backend.token_to_id(self.special[name])) is None:
-            raise ValueError(
+            raise InputError(
                 f"{self.folder / 'tokenizer_config.json'}: {name} {self.special[name]!r} is not "
                 "in the vocabulary of tokenizer.json"
             )
@@ -171,7 +173,7 @@ class Tokenizer:
         ids = [] if value is None else value if isinstance(value, list) else [value]
         for i in ids:
             if type(i) is not int or not 0 <= i < self.vocab_size:
-                raise ValueError(
+                raise InputError(
                     f"{self.folder / 'generation_config.json'}: {name} {i!r} is not an id below "
                     f"{self.vocab_size}"
                 )
@@ -185,10 +187,10 @@ class Tokenizer:
         if isinstance(template, list):
             named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
             if "default" not in named:
-                raise ValueError(f"{where}: chat_template has no 'default' among {sorted(map(str, named))}")
+                raise InputError(f"{where}: chat_template has no 'default' among {sorted(map(str, named))}")
             template = named["default"]
         if template is not None and not isinstance(template, str):
-            raise ValueError(f"{where}: chat_template is {type(template).__name__}, not a string")
+            raise InputError(f"{where}: chat_template is {type(template).__name__}, not a string")
         return template
 
 

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from minicot.errors import InputError
 from minicot.weights import read_json
 
 ROOT = Path(__file__).parent.parent
@@ -29,19 +30,19 @@ PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense, fro
 def pick_device(name):
     """auto, cpu or cuda -> torch.device; CUDA asked for and absent is an error."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but this machine has no CUDA device; allowed here: auto, cpu")
+        raise InputError("--device is cuda, but this machine has no CUDA device; allowed here: auto, cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def train_first(out="runs/sft"):
     """The folder that train.py leaves; where there is none, run train.py first and say so."""
     if Path(out).exists() and not (Path(out) / "model.safetensors").is_file():
-        raise ValueError(f"{out} holds an unfinished run; allowed: python train.py --resume (or --overwrite)")
+        raise InputError(f"{out} holds an unfinished run; allowed: python train.py --resume (or --overwrite)")
     if not Path(out).exists():
         print(f"{out} is not there yet: running `python train.py` first", flush=True)
         code = subprocess.run([sys.executable, str(ROOT / "train.py"), "--out", out], check=False).returncode
         if code:
-            raise ValueError(f"python train.py ended with exit code {code}")
+            raise InputError(f"python train.py ended with exit code {code}")
     return out
 
 
@@ -71,7 +72,7 @@ def train_only(model, part):
         }[part]
         parameter.requires_grad_(parameter.requires_grad and inside)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"--train is {part!r}, which this model does not have; allowed: language, all")
+        raise InputError(f"--train is {part!r}, which this model does not have; allowed: language, all")
 
 
 def make_optimizer(model, lr, weight_decay, vision_lr=None):
@@ -102,7 +103,7 @@ def clip_gradients(model, largest):
 def refuse_non_finite(value, what, step, problem_ids):
     """Stop the run on a NaN or an infinity; the last checkpoint stays."""
     if not math.isfinite(value):
-        raise ValueError(
+        raise InputError(
             f"step {step}: {what} is {value}; problems {', '.join(problem_ids[:8])}; "
             "the last checkpoint is kept; a lower --lr is the usual remedy"
         )
@@ -136,21 +137,21 @@ def check_out(config, inputs=()):
     --overwrite, and what --overwrite replaces must not hold one of `inputs`."""
     out = Path(config.out)
     if config.resume and config.overwrite:
-        raise ValueError("--resume and --overwrite are both given; allowed: one of them")
+        raise InputError("--resume and --overwrite are both given; allowed: one of them")
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file, expected a folder")
+        raise InputError(f"--out {out} is a file, expected a folder")
     if config.resume:
         read_json(out / "settings.json")
         if not checkpoints(out):
-            raise ValueError(f"--resume: {out} holds no checkpoint")
+            raise InputError(f"--resume: {out} holds no checkpoint")
     elif out.is_dir() and any(out.iterdir()):
         if not (out / "settings.json").is_file():
-            raise ValueError(f"--out {out} holds files that are no run of ours")
+            raise InputError(f"--out {out} holds files that are no run of ours")
         if not config.overwrite:
-            raise ValueError(f"--out {out} already holds a run; allowed: --overwrite, --resume")
+            raise InputError(f"--out {out} already holds a run; allowed: --overwrite, --resume")
         for path in inputs:
             if out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
-                raise ValueError(f"--overwrite would replace {out}, which holds {path}, an input of this run")
+                raise InputError(f"--overwrite would replace {out}, which holds {path}, an input of this run")
 
 
 def open_run(config, data_digest, inputs=()):
@@ -163,7 +164,7 @@ def open_run(config, data_digest, inputs=()):
         before = read_json(out / "settings.json")
         changed = sorted(name for name in settings if settings[name] != before.get(name))
         if changed:
-            raise ValueError(
+            raise InputError(
                 f"--resume: {changed[0]} is {settings[changed[0]]!r}, the run in {out} has "
                 f"{before.get(changed[0])!r}; allowed: the same settings and data"
             )
@@ -228,7 +229,7 @@ def load_checkpoint(out, model, optimizer):
     folder = checkpoints(out)[max(checkpoints(out))]
     step, shapes = read_json(folder / "state.json").get("step"), {"weights": {}, "optimizer": {}}
     if folder.name != f"checkpoint-{step}":
-        raise ValueError(f"{folder / 'state.json'}: step is {step!r}, the folder is {folder.name}")
+        raise InputError(f"{folder / 'state.json'}: step is {step!r}, the folder is {folder.name}")
     for name, parameter in model.named_parameters():
         shapes["weights"][name] = parameter.shape
         if parameter.requires_grad:
@@ -249,13 +250,13 @@ def read_exactly(path, shapes):
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); delete the checkpoint") from None
+        raise InputError(f"{path}: cannot be read ({error}); delete the checkpoint") from None
     if tensors.keys() != shapes.keys():
         other = sorted(tensors.keys() ^ shapes.keys())
-        raise ValueError(f"{path}: holds other tensors than the model, e.g. {other[0]}")
+        raise InputError(f"{path}: holds other tensors than the model, e.g. {other[0]}")
     for name, tensor in tensors.items():
         if tensor.shape != torch.Size(shapes[name]) or not tensor.isfinite().all():
-            raise ValueError(
+            raise InputError(
                 f"{path}: tensor {name} has shape {tuple(tensor.shape)}, expected finite values "
                 f"of shape {tuple(shapes[name])}"
             )
@@ -288,7 +289,7 @@ class Log:
         try:
             return [json.loads(line) for line in lines]
         except ValueError as error:
-            raise ValueError(f"{self.path}: a line is not JSON ({error})") from None
+            raise InputError(f"{self.path}: a line is not JSON ({error})") from None
 
 
 def mfu(model, tokens_per_s, device):

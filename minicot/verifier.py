@@ -17,6 +17,7 @@ import torch
 
 from minicot.answers import is_correct, majority_vote, normalize
 from minicot.data import collate, encode_row, truncate_words
+from minicot.errors import InputError
 from minicot.losses import sequence_logps
 from minicot.scoring import score
 
@@ -115,7 +116,7 @@ def curves(groups, name, *, beta=0.1, sizes=(1, 2, 4, 8, 16, 32)):
         found[n] = {way: [] for way in (*ways, "pass")}
         for samples in groups:
             if len(samples.responses) < n:
-                raise ValueError(
+                raise InputError(
                     f"problem {samples.problem.id!r} has {len(samples.responses)} responses; "
                     f"allowed: at least {n}"
                 )

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from minicot.errors import InputError
 from minicot.model import Llama3Rope, ModelConfig, Transformer, rope_frequencies
 from minicot.vision import ACTIVATIONS, VisionConfig, VisionLanguageConfig, VisionLanguageModel
 
@@ -176,16 +177,16 @@ def parse_config(config: dict, where: str) -> ModelConfig:
     """
     family = config.get("model_type")
     if not isinstance(family, str) or family not in ARCHITECTURES:
-        raise ValueError(f"{where}: model_type {family!r}; known are {', '.join(ARCHITECTURES)}")
+        raise InputError(f"{where}: model_type {family!r}; known are {', '.join(ARCHITECTURES)}")
     values = DEFAULTS[family] | config
     for name, allowed in ONLY[family].items():
         if name in REQUIRED and name not in config:
-            raise ValueError(f"{where}: {name} is absent; for {family} only {allowed!r} is known")
+            raise InputError(f"{where}: {name} is absent; for {family} only {allowed!r} is known")
         if config.get(name, allowed) != allowed:
-            raise ValueError(f"{where}: {name} {config[name]!r}; for {family} only {allowed!r} is known")
+            raise InputError(f"{where}: {name} {config[name]!r}; for {family} only {allowed!r} is known")
     layer_types = values.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        raise ValueError(f"{where}: layer_types {values['layer_types']}; only 'full_attention' is known")
+        raise InputError(f"{where}: layer_types {values['layer_types']}; only 'full_attention' is known")
 
     heads = number(values, "num_attention_heads", where)
     hidden_size = number(values, "hidden_size", where)
@@ -193,13 +194,13 @@ def parse_config(config: dict, where: str) -> ModelConfig:
         values["num_key_value_heads"] = heads
     if values.get("head_dim", 0) is None and family != "qwen3":
         if hidden_size % heads:
-            raise ValueError(f"{where}: hidden_size {hidden_size} is no multiple of its {heads} heads")
+            raise InputError(f"{where}: hidden_size {hidden_size} is no multiple of its {heads} heads")
         values["head_dim"] = hidden_size // heads
     kv_heads, head_dim = number(values, "num_key_value_heads", where), number(values, "head_dim", where)
     if heads % kv_heads:
-        raise ValueError(f"{where}: {heads} heads are no multiple of num_key_value_heads {kv_heads}")
+        raise InputError(f"{where}: {heads} heads are no multiple of num_key_value_heads {kv_heads}")
     if head_dim % 2:
-        raise ValueError(f"{where}: head_dim {head_dim} is odd; rotary positions turn channels in pairs")
+        raise InputError(f"{where}: head_dim {head_dim} is odd; rotary positions turn channels in pairs")
     rope_theta, rope_scaling = parse_rope(config, where)
     bias = flag(values, "attention_bias", where) if family in ("llama", "qwen3") else False
     return ModelConfig(
@@ -232,24 +233,24 @@ def parse_rope(config: dict, where: str) -> tuple[float, Llama3Rope | None]:
     nested, scaling = config.get("rope_parameters"), config.get("rope_scaling")
     for name, value in (("rope_parameters", nested), ("rope_scaling", scaling)):
         if not isinstance(value, dict | None):
-            raise ValueError(f"{where}: {name} {value!r} is neither an object nor null")
+            raise InputError(f"{where}: {name} {value!r} is neither an object nor null")
     if nested and scaling and nested != scaling:
-        raise ValueError(f"{where}: rope_parameters {nested} and rope_scaling {scaling} disagree")
+        raise InputError(f"{where}: rope_parameters {nested} and rope_scaling {scaling} disagree")
     rope = nested or scaling or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise ValueError(f"{where}: rope_type {kind!r}; implemented are 'default' and 'llama3'")
+        raise InputError(f"{where}: rope_type {kind!r}; implemented are 'default' and 'llama3'")
     known = ("rope_type", "type", "rope_theta", "partial_rotary_factor") + LLAMA3_FIELDS * (kind == "llama3")
     if extra := sorted(rope.keys() - set(known)):
-        raise ValueError(f"{where}: rope_type {kind!r} has no use for {', '.join(extra)}")
+        raise InputError(f"{where}: rope_type {kind!r} has no use for {', '.join(extra)}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{where}: partial_rotary_factor is not 1.0 in {rope}")
+        raise InputError(f"{where}: partial_rotary_factor is not 1.0 in {rope}")
     said = [source for source in (config, rope) if "rope_theta" in source]
     if nested and not said:
-        raise ValueError(f"{where}: rope_parameters {nested} has no rope_theta")
+        raise InputError(f"{where}: rope_parameters {nested} has no rope_theta")
     thetas = {number(source, "rope_theta", where, float) for source in said or [{"rope_theta": 10_000.0}]}
     if len(thetas) > 1:
-        raise ValueError(f"{where}: rope_theta is given twice, as {sorted(thetas)}")
+        raise InputError(f"{where}: rope_theta is given twice, as {sorted(thetas)}")
     stretch = None
     if kind == "llama3":
         stretch = Llama3Rope(
@@ -257,7 +258,7 @@ def parse_rope(config: dict, where: str) -> tuple[float, Llama3Rope | None]:
             number(rope, LLAMA3_FIELDS[3], where),
         )
         if stretch.high_freq_factor <= stretch.low_freq_factor:
-            raise ValueError(
+            raise InputError(
                 f"{where}: high_freq_factor {stretch.high_freq_factor} is not above "
                 f"low_freq_factor {stretch.low_freq_factor}"
             )
@@ -267,16 +268,16 @@ def parse_rope(config: dict, where: str) -> tuple[float, Llama3Rope | None]:
 def number(values: dict, name: str, where: str, kind: type = int):
     """A positive number of this kind; a float may be written as an integer."""
     if name not in values:
-        raise ValueError(f"{where}: {name} is absent")
+        raise InputError(f"{where}: {name} is absent")
     value = values[name]
     if not isinstance(value, int | kind) or isinstance(value, bool) or not 0 < value < LIMITS.get(name, 1e12):
-        raise ValueError(f"{where}: {name} {value!r:.40} is not a positive {kind.__name__} of a sane size")
+        raise InputError(f"{where}: {name} {value!r:.40} is not a positive {kind.__name__} of a sane size")
     return kind(value)
 
 
 def flag(values: dict, name: str, where: str) -> bool:
     if not isinstance(values[name], bool):
-        raise ValueError(f"{where}: {name} {values[name]!r} is neither true nor false")
+        raise InputError(f"{where}: {name} {values[name]!r} is neither true nor false")
     return values[name]
 
 
@@ -284,7 +285,7 @@ def token_id(values: dict, name: str, where: str) -> int | tuple[int, ...] | Non
     value = values[name]
     listed = value if isinstance(value, list) and name == "eos_token_id" else [value]
     if value is not None and any(not isinstance(i, int) or isinstance(i, bool) for i in listed):
-        raise ValueError(f"{where}: {name} {value!r} is not a token id")
+        raise InputError(f"{where}: {name} {value!r} is not a token id")
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -292,7 +293,7 @@ def one_of(values: dict, name: str, allowed: tuple, where: str):
     """A value that is one of these; None among them means that it may be absent."""
     value = values.get(name)
     if value not in allowed:
-        raise ValueError(f"{where}: {name} {value!r}; known are {', '.join(map(str, allowed))}")
+        raise InputError(f"{where}: {name} {value!r}; known are {', '.join(map(str, allowed))}")
     return value
 
 
@@ -304,12 +305,12 @@ def parse_vision(config: dict, where: str) -> VisionConfig:
     one_of(values, "quantization_config", (None,), where)
     numbers = {name: number(values, name, where, kind) for name, kind in VISION_NUMBERS.items()}
     if numbers["hidden_size"] % numbers["num_attention_heads"]:
-        raise ValueError(
+        raise InputError(
             f"{where}: hidden_size {numbers['hidden_size']} is no multiple of its "
             f"{numbers['num_attention_heads']} heads"
         )
     if numbers["image_size"] < numbers["patch_size"]:
-        raise ValueError(
+        raise InputError(
             f"{where}: image_size {numbers['image_size']} is less than patch_size {numbers['patch_size']}"
         )
     act = one_of(values, "hidden_act", tuple(ACTIVATIONS), where)
@@ -329,7 +330,7 @@ def parse_llava(config: dict, where: str, vision=None) -> VisionLanguageConfig:
     else:
         for name in ("text_config", "vision_config"):
             if not isinstance(config.get(name), dict):
-                raise ValueError(
+                raise InputError(
                     f"{where}: {name} {config.get(name)!r} is not an object, and there is no "
                     "mm_vision_tower either, as LLaVA's own config.json has it"
                 )
@@ -341,13 +342,13 @@ def parse_llava(config: dict, where: str, vision=None) -> VisionLanguageConfig:
     tower = parse_vision(config["vision_config"], f"{where}, vision_config")
     layer, last = config.get("vision_feature_layer"), tower.num_hidden_layers
     if type(layer) is not int or not -last - 1 <= layer <= last:
-        raise ValueError(
+        raise InputError(
             f"{where}: vision_feature_layer (LLaVA's mm_vision_select_layer) {layer!r}; allowed "
             f"is one integer from {-last - 1} to {last}, as the tower has {last} layers"
         )
     tokens = [config[name] for name in ("image_token_index", "image_token_id") if name in config]
     if not tokens or any(type(token) is not int or token != tokens[0] for token in tokens):
-        raise ValueError(f"{where}: image_token_index is {tokens or 'absent'}; needed is one integer")
+        raise InputError(f"{where}: image_token_index is {tokens or 'absent'}; needed is one integer")
     return VisionLanguageConfig(
         text=parse_config(text, text_where),
         vision=tower,
@@ -368,7 +369,7 @@ def llava_to_hf(config: dict, where: str, vision) -> dict:
     for name, allowed in LLAVA_ONLY.items():
         one_of(config, name, allowed, where)
     if vision is None:
-        raise ValueError(
+        raise InputError(
             f"{where}: is LLaVA's own and does not describe its vision tower, mm_vision_tower "
             f"{config['mm_vision_tower']!r}; give load_model that tower's folder, or its "
             f"{CONFIG}, as vision=PATH"
@@ -406,7 +407,7 @@ def config_to_hf(config: ModelConfig | VisionLanguageConfig) -> dict:
             "tie_word_embeddings": config.text.tie_word_embeddings,
         }
         if parse_llava(out, "VisionLanguageConfig") != config:
-            raise ValueError(f"{config} cannot be written as a llava config.json")
+            raise InputError(f"{config} cannot be written as a llava config.json")
         return out
     family = config.model_type
     out = {"architectures": [ARCHITECTURES[family]]} | asdict(config)
@@ -420,7 +421,7 @@ def config_to_hf(config: ModelConfig | VisionLanguageConfig) -> dict:
     if isinstance(config.eos_token_id, tuple):
         out["eos_token_id"] = list(config.eos_token_id)
     if parse_config(out, "ModelConfig") != config:
-        raise ValueError(f"{config} cannot be written as a {family} config.json")
+        raise InputError(f"{config} cannot be written as a {family} config.json")
     return out
 
 
@@ -466,7 +467,7 @@ def attach_vision(
     """
     path, vocabulary = Path(path), text_model.config.vocab_size
     if not 0 <= image_token_id < vocabulary:
-        raise ValueError(
+        raise InputError(
             f"image_token_id {image_token_id} is not in the vocabulary; allowed are 0 to {vocabulary - 1}"
         )
     hf = read_json(path / CONFIG) if path.is_dir() else {}
@@ -475,7 +476,7 @@ def attach_vision(
             parse_llava(hf, str(path / CONFIG)), text=text_model.config, image_token_id=image_token_id
         )
         if config.vision_feature_layer != feature_layer:
-            raise ValueError(
+            raise InputError(
                 f"{path}: its projector reads hidden state {config.vision_feature_layer} of the "
                 f"tower; feature_layer is {feature_layer}; allowed: the same"
             )
@@ -526,7 +527,7 @@ def read_tensors(folder: Path, model, rename) -> dict[str, torch.Tensor]:
         with open_safetensors(file) as handle:
             keys = set(handle.keys())
             if names is not None and names != keys:
-                raise ValueError(
+                raise InputError(
                     f"{file}: by {INDEX} it should hold {listing(names - keys)}, which it does "
                     f"not, and should not hold {listing(keys - names)}, which it does"
                 )
@@ -535,15 +536,15 @@ def read_tensors(folder: Path, model, rename) -> dict[str, torch.Tensor]:
                 if ours is None or ours.endswith("vision_model.embeddings.position_ids"):
                     continue  # the latter: 0, 1, 2, ... in old files
                 if ours in found:
-                    raise ValueError(f"{file}: tensor {name} is there twice, under two names for {ours}")
+                    raise InputError(f"{file}: tensor {name} is there twice, under two names for {ours}")
                 if ours in shapes and shape != tuple(shapes[ours]):
-                    raise ValueError(
+                    raise InputError(
                         f"{file}: tensor {name} has shape {shape}; by {CONFIG} it should "
                         f"have {tuple(shapes[ours])}"
                     )
                 found[ours] = handle.get_tensor(name)
                 if found[ours].dtype not in FLOATS:
-                    raise ValueError(f"{file}: tensor {name} is {found[ours].dtype}; allowed are {FLOATS}")
+                    raise InputError(f"{file}: tensor {name} is {found[ours].dtype}; allowed are {FLOATS}")
     return found
 
 
@@ -552,29 +553,29 @@ def drop_derived(tensors: dict, folder: Path, config: ModelConfig, prefix: str) 
     for name in [name for name in tensors if name.endswith(".self_attn.rotary_emb.inv_freq")]:
         stored = tensors.pop(name).float()  # Llama 1 and 2 files hold what we compute
         if stored.numel() != config.head_dim // 2 or not stored.allclose(rope_frequencies(config), rtol=1e-2):
-            raise ValueError(f"{folder}: tensor {name} differs from the frequencies that {CONFIG} gives")
+            raise InputError(f"{folder}: tensor {name} differs from the frequencies that {CONFIG} gives")
     head, embedding = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
     if config.tie_word_embeddings and {head, embedding} <= tensors.keys():
         same = torch.equal(tensors.pop(head), tensors[embedding])
         if not same:
-            raise ValueError(f"{folder}: {head} differs from {embedding}, to which {CONFIG} ties it")
+            raise InputError(f"{folder}: {head} differs from {embedding}, to which {CONFIG} ties it")
 
 
 def fill(model, tensors: dict, folder: Path, dtype, device) -> None:
     """Make these finite tensors, all and no others, the weights of the model."""
     needed = model.state_dict().keys()
     if tensors.keys() != needed:
-        raise ValueError(
+        raise InputError(
             f"{folder}: by {CONFIG}, missing tensors: {listing(needed - tensors.keys())}; "
             f"extra tensors: {listing(tensors.keys() - needed)}"
         )
     stored = {tensor.dtype for tensor in tensors.values()}
     if dtype is None and len(stored) > 1:
-        raise ValueError(f"{folder}: weights are stored as {sorted(map(str, stored))}; choose one dtype")
+        raise InputError(f"{folder}: weights are stored as {sorted(map(str, stored))}; choose one dtype")
     for name, tensor in tensors.items():
         tensors[name] = tensor = tensor.to(device=device, dtype=dtype)
         if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # a NaN is both least and most
-            raise ValueError(f"{folder}: tensor {name} holds values that are not finite as {tensor.dtype}")
+            raise InputError(f"{folder}: tensor {name} holds values that are not finite as {tensor.dtype}")
     model.load_state_dict(tensors, strict=True, assign=True)
 
 
@@ -582,7 +583,7 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
     """safetensors file -> the tensors that it should hold; None where there is one file and no index."""
     single, index = folder / WEIGHTS, folder / INDEX
     if single.exists() and index.exists():
-        raise ValueError(f"{folder}: has both {WEIGHTS} and {INDEX}; remove the one that is not meant")
+        raise InputError(f"{folder}: has both {WEIGHTS} and {INDEX}; remove the one that is not meant")
     if single.exists():
         return {single: None}
     if not index.exists():
@@ -591,11 +592,11 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
         )
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: weight_map {weight_map!r} is not an object from tensor to file name")
+        raise InputError(f"{index}: weight_map {weight_map!r} is not an object from tensor to file name")
     files = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"{index}: tensor {name} is in {file!r}, which names no file beside it")
+            raise InputError(f"{index}: tensor {name} is in {file!r}, which names no file beside it")
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{index}: tensor {name} is in {file}, which is not there")
         files.setdefault(folder / file, set()).add(name)
@@ -607,14 +608,14 @@ def open_safetensors(file: Path):
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({' '.join(str(error).split())})") from None
+        raise InputError(f"{file}: not a whole safetensors file ({' '.join(str(error).split())})") from None
 
 
 def read_config(file: Path, vision=None) -> ModelConfig | VisionLanguageConfig:
     config = read_json(file)
     family = one_of(config, "model_type", (*ARCHITECTURES, *LLAVA), str(file))
     if vision is not None and "mm_vision_tower" not in config:
-        raise ValueError(
+        raise InputError(
             f"{file}: vision={vision} is given, but this is not LLaVA's own folder (there is no "
             "mm_vision_tower); attach_vision gives a text model a tower"
         )
@@ -628,7 +629,7 @@ def read_vision_config(path: Path) -> VisionConfig:
     if config.get("model_type") in ("clip", "siglip"):
         config, where = config.get("vision_config"), f"{file}, vision_config"
         if not isinstance(config, dict):
-            raise ValueError(f"{where} {config!r} is not an object")
+            raise InputError(f"{where} {config!r} is not an object")
     return parse_vision(config, where)
 
 
@@ -639,11 +640,11 @@ def read_json(file: Path) -> dict:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file}:{error.lineno}: not JSON ({error.msg})") from None
+        raise InputError(f"{file}:{error.lineno}: not JSON ({error.msg})") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        raise InputError(f"{file}: not UTF-8 ({error.reason} at byte {error.start})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{file}: holds {type(value).__name__}, not an object")
+        raise InputError(f"{file}: holds {type(value).__name__}, not an object")
     return value
 
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 import align
 from minicot import config as flags
-from minicot.data import Problem, Response, Samples, read_problems, samples_to_row
+from minicot.records import Problem, Response, Samples, samples_to_row
+from minicot.sets import read_problems
 from minicot.model import Transformer
 from minicot.training import resolve
 from minicot.weights import read_config, save_model
@@ -188,7 +189,7 @@ def test_trl_pairs_are_aligned_without_a_grade(policy, tmp_path):
         (["--beta", "0"], ["--beta"]),
         (["--samples", "nowhere.jsonl"], ["nowhere.jsonl"]),
         (["--init", "nowhere"], ["nowhere"]),
-        (["--method", "dpo", "--constraint", "detached", "--label-smoothing", "0.1"], ["label_smoothing"]),
+        (["--method", "dpo", "--constraint", "detached", "--label-smoothing", "0.1"], ["--label-smoothing"]),
     ],
 )
 def test_bad_input_ends_in_one_line(policy, samples, tmp_path, argv, parts):

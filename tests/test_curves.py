@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from minicot.data import Response, Samples, read_problems, samples_to_row
+from minicot.records import Response, Samples, samples_to_row
+from minicot.sets import read_problems
 from tests.helpers import script
 
 GOLDEN = Path(__file__).parent / "golden" / "curves.json"

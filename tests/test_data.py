@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from minicot import data
-from minicot.data import Problem, Response, Row, Samples
+from minicot import data, sets, records
+from minicot.data import Row
+from minicot.records import Problem, Response, Samples
 from minicot.tokenizer import Tokenizer
 from minicot.training import resolve
 
@@ -30,7 +31,7 @@ def test_missing_id_becomes_the_line_number_and_numbers_become_text(tmp_path):
         {"question": "1 + 1?", "answer": 2},
         {"id": 7, "question": "2 + 2?", "answer": 4.5},
     )
-    assert data.read_problems(str(path)) == [Problem("1", "1 + 1?", "2"), Problem("7", "2 + 2?", "4.5")]
+    assert sets.read_problems(str(path)) == [Problem("1", "1 + 1?", "2"), Problem("7", "2 + 2?", "4.5")]
 
 
 @pytest.mark.parametrize(
@@ -49,19 +50,19 @@ def test_missing_id_becomes_the_line_number_and_numbers_become_text(tmp_path):
 def test_a_malformed_line_is_named_by_number(tmp_path, row, message):
     path = write(tmp_path / "p.jsonl", {"id": "1", "question": "q"}, row)
     with pytest.raises(ValueError, match=message.replace("{", r"\{").replace("[", r"\[")) as error:
-        data.read_problems(str(path))
+        sets.read_problems(str(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_empty_file_a_missing_file_and_an_unknown_set_are_errors(tmp_path):
     with pytest.raises(ValueError, match="no problems in it"):
-        data.read_problems(str(write(tmp_path / "empty.jsonl")))
+        sets.read_problems(str(write(tmp_path / "empty.jsonl")))
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
-        data.read_problems("nowhere.jsonl")
+        sets.read_problems("nowhere.jsonl")
     with pytest.raises(ValueError, match="allowed: toy, toy-pictures, gsm8k:PATH"):
-        data.read_problems("gsm9k:x")
+        sets.read_problems("gsm9k:x")
     with pytest.raises(ValueError, match="allowed for toy"):
-        data.read_problems("toy", "dev")
+        sets.read_problems("toy", "dev")
 
 
 def test_gsm8k_rows_lose_calculator_marks_and_keep_the_marked_answer(tmp_path):
@@ -69,7 +70,7 @@ def test_gsm8k_rows_lose_calculator_marks_and_keep_the_marked_answer(tmp_path):
         tmp_path / "train.jsonl",
         {"question": "How many?", "answer": "48/2 = <<48/2=24>>24 clips.\n#### 1,024"},
     )
-    (problem,) = data.read_problems(f"gsm8k:{tmp_path}")
+    (problem,) = sets.read_problems(f"gsm8k:{tmp_path}")
     assert problem.solution == "48/2 = 24 clips.\n#### 1,024" and problem.answer == "1,024"
 
 
@@ -78,13 +79,13 @@ def test_choice_sets_become_letters_and_plain_choices(tmp_path):
         tmp_path / "val.jsonl",
         {"id": "e", "question": "Q?", "choices": ["x", "y", "z", "u", "v"], "answer": 1},
     )
-    (ecqa,) = data.read_problems(f"ecqa:{tmp_path}", "validation")
+    (ecqa,) = sets.read_problems(f"ecqa:{tmp_path}", "validation")
     assert (ecqa.answer, ecqa.solution, ecqa.choices) == ("B", None, ["x", "y", "z", "u", "v"])
     write(
         tmp_path / "dev.jsonl",
         {"question": "Q?", "options": ["A)10", "B) 20"], "rationale": "so", "correct": "B"},
     )
-    (aqua,) = data.read_problems(f"aqua:{tmp_path}", "validation")
+    (aqua,) = sets.read_problems(f"aqua:{tmp_path}", "validation")
     assert aqua.choices == ["10", "20"] and aqua.solution == "so\nThe answer is (B)."
     assert data.render(aqua, "direct") == "Q?\n(A) 10\n(B) 20" + data.DIRECT_PROMPT
 
@@ -92,14 +93,14 @@ def test_choice_sets_become_letters_and_plain_choices(tmp_path):
 def test_a_row_of_another_set_names_file_and_line(tmp_path):
     write(tmp_path / "train.jsonl", {"question": "Q?"})
     with pytest.raises(ValueError, match="train.jsonl:1: not a row of this set"):
-        data.read_problems(f"gsm8k:{tmp_path}")
+        sets.read_problems(f"gsm8k:{tmp_path}")
 
 
 def test_split_slices_and_limit():
-    rows = data.read_problems("toy", "test", limit=20)
-    assert [p.id for p in data.read_problems("toy", "test[5:8]")] == [p.id for p in rows[5:8]]
+    rows = sets.read_problems("toy", "test", limit=20)
+    assert [p.id for p in sets.read_problems("toy", "test[5:8]")] == [p.id for p in rows[5:8]]
     with pytest.raises(ValueError, match="slice"):
-        data.read_problems("toy", "test[5")
+        sets.read_problems("toy", "test[5")
 
 
 def test_samples_survive_a_round_trip_and_trl_rows_become_pairs(tmp_path):
@@ -108,10 +109,10 @@ def test_samples_survive_a_round_trip_and_trl_rows_become_pairs(tmp_path):
     )
     path = write(
         tmp_path / "s.jsonl",
-        data.samples_to_row(samples),
+        records.samples_to_row(samples),
         {"prompt": "p", "chosen": "good", "rejected": "bad"},
     )
-    read = data.read_samples(path)
+    read = records.read_samples(path)
     assert read[0] == samples
     assert [(r.text, r.reward, r.correct) for r in read[1].responses] == [
         ("good", 1.0, None),
@@ -132,7 +133,7 @@ def test_samples_survive_a_round_trip_and_trl_rows_become_pairs(tmp_path):
 def test_a_bad_response_is_refused_with_its_line(tmp_path, response, message):
     path = write(tmp_path / "s.jsonl", {"question": "q", "responses": [response]})
     with pytest.raises(ValueError, match=f"s.jsonl:1: .*{message}"):
-        data.read_samples(path)
+        records.read_samples(path)
 
 
 # ---- grading -------------------------------------------------------------------------------------
@@ -293,13 +294,13 @@ def test_finish_must_agree_with_the_sampled_ids(tokenizer):
 )
 def test_values_that_break_later_are_refused_when_read(tmp_path, row, message):
     with pytest.raises(ValueError, match=f"p.jsonl:1: .*{message}"):
-        data.read_problems(str(write(tmp_path / "p.jsonl", row)))
+        sets.read_problems(str(write(tmp_path / "p.jsonl", row)))
 
 
 def test_the_same_row_number_of_two_splits_is_another_problem(tmp_path):
     for split in ("train", "test"):
         write(tmp_path / f"{split}.jsonl", {"question": "How many?", "answer": "#### 1"})
-    a, b = (data.read_problems(f"gsm8k:{tmp_path}", split)[0].id for split in ("train", "test"))
+    a, b = (sets.read_problems(f"gsm8k:{tmp_path}", split)[0].id for split in ("train", "test"))
     assert a != b
 
 
@@ -314,16 +315,16 @@ def test_plain_mode_leaves_the_question_as_it_is():
 def test_sets_are_read_as_their_authors_publish_them(tmp_path):
     svamp = [{"ID": "chal-1", "Body": "Each pack costs 76 dollars.", "Question": "How much?", "Answer": 51.0}]
     (tmp_path / "SVAMP.json").write_text(json.dumps(svamp))
-    (problem,) = data.read_problems(f"svamp:{tmp_path / 'SVAMP.json'}")
+    (problem,) = sets.read_problems(f"svamp:{tmp_path / 'SVAMP.json'}")
     assert (problem.question, problem.answer) == ("Each pack costs 76 dollars. How much?", "51.0")
     addsub = [{"iIndex": 3, "sQuestion": " Q? ", "lSolutions": [43.0]}]
     (tmp_path / "AddSub.json").write_text(json.dumps(addsub))
-    assert data.read_problems(f"addsub:{tmp_path / 'AddSub.json'}") == [Problem("AddSub-3", "Q?", "43.0")]
+    assert sets.read_problems(f"addsub:{tmp_path / 'AddSub.json'}") == [Problem("AddSub-3", "Q?", "43.0")]
     (tmp_path / "cqa_data_val.csv").write_text(
         "q_no,q_concept,q_text,q_op1,q_op2,q_op3,q_op4,q_op5,q_ans,taskA_pos,taskA_neg,taskB\n"
         '7,c,"Where, then?",a,b,c,d,e,b,x,y,"Because, so."\n'
     )
-    (problem,) = data.read_problems(f"ecqa:{tmp_path}", "validation")
+    (problem,) = sets.read_problems(f"ecqa:{tmp_path}", "validation")
     solution = "Because, so.\nThe answer is (B)."
     assert problem == Problem("7", "Where, then?", "B", solution, choices=list("abcde"))
     tables = {
@@ -336,10 +337,10 @@ def test_sets_are_read_as_their_authors_publish_them(tmp_path):
     }
     (tmp_path / "problems_dev.json").write_text(json.dumps(tables))
     with pytest.raises(ValueError, match="problems_dev.json:1: image 'tables/33.png': no such file"):
-        data.read_problems(f"tabmwp:{tmp_path}", "validation")
+        sets.read_problems(f"tabmwp:{tmp_path}", "validation")
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "33.png").write_bytes(b"read later")
-    (problem,) = data.read_problems(f"tabmwp:{tmp_path}", "validation")
+    (problem,) = sets.read_problems(f"tabmwp:{tmp_path}", "validation")
     assert (problem.id, problem.answer, problem.images) == (
         "tabmwp-33",
         "B",
@@ -348,4 +349,4 @@ def test_sets_are_read_as_their_authors_publish_them(tmp_path):
     assert data.grade(problem, problem.solution, mode="cot", style="hash")[1]
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match="bad.json: holds a JSON dict, expected an array"):
-        data.read_problems(f"svamp:{tmp_path / 'bad.json'}")
+        sets.read_problems(f"svamp:{tmp_path / 'bad.json'}")

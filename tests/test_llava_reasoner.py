@@ -15,7 +15,8 @@ import re
 import pytest
 
 from minicot.answers import extract_answer, is_correct
-from minicot.data import Problem, Response, Samples, make_groups, samples_to_row, truncate_words
+from minicot.data import make_groups, truncate_words
+from minicot.records import Problem, Response, Samples, samples_to_row
 from minicot.recipes import llava_diagnose as diagnose
 from minicot.recipes import llava_reasoner as recipe
 from minicot.recipes.cells import pack_pairs, to_hex

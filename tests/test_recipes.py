@@ -6,7 +6,8 @@ import random
 import pytest
 
 from minicot import plots
-from minicot.data import Problem, Response, Samples, pairs
+from minicot.data import pairs
+from minicot.records import Problem, Response, Samples
 from minicot.recipes import aft
 from minicot.recipes.cells import command, from_hex, judge, pack_pairs, run_cell, to_hex, unpack_pairs
 from minicot.training import ROOT

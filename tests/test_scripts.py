@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from minicot.data import read_samples
+from minicot.records import read_samples
 from minicot.training import resolve
 from tests.helpers import assert_one_line_error, script
 

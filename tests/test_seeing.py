@@ -8,8 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from minicot.data import IMAGE, Problem, check_pictures, collate, encode_row, image_reader, read_problems
-from minicot.data import read_samples, render, target
+from minicot.data import IMAGE, check_pictures, collate, encode_row, image_reader
+from minicot.records import Problem
+from minicot.sets import read_problems
+from minicot.data import render, target
+from minicot.records import read_samples
 from minicot.recipes.llava_diagnose import readings, save_as
 from minicot.sampling import generate, sample_groups
 from minicot.scoring import pack, score, score_plain

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minicot.data import Problem, Response, Samples, encode_row, read_problems, read_samples, samples_to_row
+from minicot.data import encode_row
+from minicot.records import Problem, Response, Samples, read_samples, samples_to_row
+from minicot.sets import read_problems
 from minicot.data import truncate_words
 from minicot.losses import token_logps
 from minicot.tokenizer import Tokenizer

@@ -25,8 +25,12 @@ from pathlib import Path
 import torch
 
 from minicot import plots
-from minicot.data import Response, collate, encode_row, make_groups, read_problems, read_samples
-from minicot.data import samples_to_row, target, to_groups
+from minicot.data import collate, encode_row, make_groups
+from minicot.errors import InputError
+from minicot.records import Response, read_samples
+from minicot.sets import read_problems
+from minicot.data import target, to_groups
+from minicot.records import samples_to_row
 from minicot.losses import better_than, sequence_logps
 from minicot.metrics import assessment_accuracy, paired_difference, perplexity, rerank_accuracy
 from minicot.metrics import share_with_pair
@@ -574,7 +578,7 @@ def main(argv=None):
     if args.methods:
         asked = tuple(args.methods.split(","))
         if unknown := set(asked) - set(methods):
-            raise ValueError(f"--methods has {', '.join(sorted(unknown))}; allowed: {', '.join(methods)}")
+            raise InputError(f"--methods has {', '.join(sorted(unknown))}; allowed: {', '.join(methods)}")
         methods, sizes = asked, replace(sizes, other_margins=(), other_ks=())
     recipe, started = Recipe(args, sizes), time.perf_counter()
     if args.device == "cpu":
@@ -631,5 +635,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
         raise SystemExit(f"error: {' '.join(str(error).split())}") from None

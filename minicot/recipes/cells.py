@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from minicot.errors import InputError
 from minicot.metrics import mean_interval, paired_difference, verdict
 from minicot.training import write_json
 
@@ -53,7 +54,7 @@ def _run_cell(folder, commands, inputs, fresh):
                 [sys.executable, *words], stdout=file, stderr=subprocess.STDOUT, check=False
             ).returncode
         if code:
-            raise ValueError(
+            raise InputError(
                 f"{line}: exit code {code}; {log} ends with {log.read_text().strip().splitlines()[-1:]}"
             )
     write_json(mark, done)

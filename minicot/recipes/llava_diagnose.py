@@ -19,7 +19,9 @@ import torch
 from PIL import Image
 
 from minicot.answers import is_correct, majority_vote, normalize, split_steps
-from minicot.data import Problem, image_reader, read_samples
+from minicot.data import image_reader
+from minicot.records import Problem, read_samples
+from minicot.errors import InputError
 from minicot.metrics import paired_difference
 from minicot.recipes.cells import INTERVAL, markdown
 from minicot.recipes.llava_reasoner import RESULTS, RUNS
@@ -238,5 +240,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
         raise SystemExit(f"error: {' '.join(str(error).split())}") from None

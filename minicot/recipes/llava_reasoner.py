@@ -31,7 +31,9 @@ import torch
 
 from minicot import plots
 from minicot.answers import extract_answer, is_correct, split_steps
-from minicot.data import Problem, image_reader, pairs, read_samples, render, samples_to_row, target
+from minicot.data import image_reader, pairs, render, target
+from minicot.errors import InputError
+from minicot.records import Problem, read_samples, samples_to_row
 from minicot.metrics import mean_interval, paired_difference
 from minicot.recipes.cells import INTERVAL, claims_of, claims_table, command, from_hex, judge, made_by
 from minicot.recipes.cells import markdown, pack_pairs, run_cell, to_hex, unpack_pairs
@@ -520,7 +522,7 @@ def main(argv=None):
     chains = [list(islice(recipe.wrong_chains(seed, chosen["dpo"]), 100)) for seed in seeds]
     least = min(map(len, chains))  # an interval takes as many of each seed
     if not least:
-        raise ValueError("no sampled chain goes wrong after its first step")
+        raise InputError("no sampled chain goes wrong after its first step")
     hits, chances = zip(*(blame(one[:least]) for one in chains))
     results["blame"] = [mean_interval(hits), mean_interval(chances), paired_difference(chances, hits)]
     results["claims"] = judge_all(results)
@@ -539,5 +541,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
         raise SystemExit(f"error: {' '.join(str(error).split())}") from None

@@ -24,6 +24,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
+from minicot.errors import InputError
 from minicot.toy import problems
 from minicot.toy.problems import FACTS, ITEMS, LINKS, NAMES, Quantity, Scene
 
@@ -109,7 +110,7 @@ def make_picture(seed: int, kind: str | None = None, difficulty: int | None = No
     drawn = draw_one.choice(KINDS), draw_one.choices(DIFFICULTIES, DIFFICULTY_WEIGHTS)[0]
     kind, difficulty = kind or drawn[0], drawn[1] if difficulty is None else difficulty
     if kind not in KINDS or difficulty not in (1, 2, 3):
-        raise ValueError(
+        raise InputError(
             f"toy picture {seed}: kind {kind!r}, difficulty {difficulty}; allowed: "
             f"{', '.join(KINDS)} and 1 to 3"
         )
@@ -363,7 +364,7 @@ def draw(picture_id: str) -> Image.Image:
     """The 64 x 64 RGB picture of an id: the same bytes in every process. ValueError for an id of none."""
     scene = scene_of(picture_id)
     if not is_picture(scene):
-        raise ValueError(
+        raise InputError(
             f"picture id is {picture_id!r}; allowed: <kind>-<seed>-<difficulty>, "
             f"kind one of {', '.join(KINDS)}"
         )
