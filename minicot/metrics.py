@@ -78,6 +78,35 @@ def verdict(low: float, high: float, *, direction: str | None = None, at_least: 
     return "holds" if low > bound else "reversed" if high < bound else "not seen"
 
 
+def judge(rule: str, ours, other=None) -> dict:
+    """What two cells' numbers (S, P) say about a claim: {verdict, difference, low, high, seeds, problems}.
+
+    rule: "up" | "down" (the difference ours - other), "level" (it does not lie below minus 2 points), or
+    "below X" (the difference, or without an other ours alone, lies below X). See `verdict`.
+    """
+    interval = paired_difference(other, ours) if other else mean_interval(ours)
+    difference, low, high = interval
+    if rule.startswith("below "):
+        word = verdict(-high, -low, at_least=-float(rule.removeprefix("below ")))
+    elif rule == "level":
+        word = verdict(low, high, at_least=-0.02)
+    else:
+        word = verdict(low, high, direction=rule)
+    rounded = {name: round(number, 5) for name, number in zip(("difference", "low", "high"), interval)}
+    return {"verdict": word, **rounded, "seeds": len(ours), "problems": len(ours[0])}
+
+
+def ratio_numbers(counts: Sequence) -> list:
+    """[right, of how many] of each problem -> a number a problem whose mean is the ratio of the sums: the
+    ratio, and each problem's pull on it (the linearised ratio), so that intervals of a ratio such as
+    A-accuracy come from the same bootstrap. Plain numbers are returned as they are.
+    """
+    if not len(counts) or not isinstance(counts[0], list):
+        return counts
+    right, of = (sum(column) / len(counts) for column in zip(*counts))
+    return [right / of + (r - right / of * n) / of for r, n in counts]
+
+
 # -------------------------------------------------- K responses a problem
 
 

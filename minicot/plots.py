@@ -1,6 +1,7 @@
 """The figures. matplotlib is imported only here, and only when a figure is drawn."""
 
 import io
+import json
 from pathlib import Path
 
 
@@ -8,7 +9,9 @@ def figure(width=6, height=3.5, panels=1):
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "path.simplify_threshold": 1.0})  # small files
+    matplotlib.rcParams.update(
+        {"svg.fonttype": "none", "path.simplify_threshold": 1.0, "svg.hashsalt": "minicot"}
+    )  # small files
     from matplotlib import pyplot
 
     return pyplot.subplots(1, panels, figsize=(width, height), layout="constrained", sharex=panels > 1)
@@ -60,62 +63,64 @@ def score_histograms(pools, path):
     everything = sorted(s for pool in pools.values() for scores in pool for s in scores)
     low = everything[len(everything) // 100]  # the lowest hundredth would squeeze the rest
     bins = [low + (everything[-1] - low) * i / 40 for i in range(41)]
-    for axes, (name, (right, wrong)) in zip(panels, pools.items()):
-        axes.hist(
-            [right, wrong],
-            bins,
-            histtype="stepfilled",
-            alpha=0.55,
-            density=True,
-            color=["tab:green", "tab:red"],
-            label=["right", "wrong"],
-        )
+    shape = dict(histtype="stepfilled", alpha=0.55, density=True)
+    for axes, (name, both) in zip(panels, pools.items()):
+        axes.hist(both, bins, color=["tab:green", "tab:red"], label=["right", "wrong"], **shape)
         axes.set(title=name, xlabel="score (mean log-probability a token)", yticks=[])
     panels[0].legend(frameon=False)
     save(fig, path)
 
 
-def scores_over_training(histories, path, window=15):
-    """{method: metrics.jsonl lines of align.py} -> running means of the scores of right (solid) and wrong
-    (dashed)."""
+def smooth(log, keys, *, window=15, points=60):
+    """metrics.jsonl -> {key: [[step, running mean over `window` steps]]}, at most about `points` each."""
+    lines = [json.loads(line) for line in Path(log).read_text().splitlines()]
+    found = {}
+    for key in keys:
+        steps, values = zip(*((line["step"], line[key]) for line in lines if line.get(key) is not None))
+        means = [sum(values[max(0, i - window) : i + 1]) / min(window + 1, i + 1) for i in range(len(values))]
+        found[key] = [[step, round(mean, 4)] for step, mean in zip(steps, means)][
+            :: max(1, len(steps) // points)
+        ]
+    return found
+
+
+def scores_over_training(histories, path):
+    """{method: what `smooth` made of its log} -> scores of right (solid) and wrong (dashed) responses."""
     fig, axes = figure()
-    for (name, lines), colour in zip(histories.items(), ("tab:red", "tab:blue", "tab:green", "tab:orange")):
-        for key, style in (("score_right", "-"), ("score_wrong", "--")):
-            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-            means = [
-                sum(v for _, v in points[max(0, i - window) : i + 1])
-                / len(points[max(0, i - window) : i + 1])
-                for i in range(len(points))
-            ]
-            thin = slice(None, None, max(1, len(points) // 60))  # a figure of some kilobytes
-            steps = [step for step, _ in points]
-            label = name if style == "-" else None
-            axes.plot(steps[thin], means[thin], style, color=colour, label=label)
+    for (name, history), colour in zip(histories.items(), ("tab:red", "tab:blue", "tab:green", "tab:orange")):
+        for key, style, label in (("score_right", "-", name), ("score_wrong", "--", None)):
+            axes.plot(*zip(*history[key]), style, color=colour, label=label)
     axes.set(xlabel="step", ylabel="score (nats a token); right -, wrong - -")
     axes.legend(frameon=False)
     save(fig, path)
 
 
-def best_of_n(seeds, path):
-    """[{n: {way of choosing: share of each problem}}, one a seed] -> accuracy over n, a line a way."""
+def best_of_n(rows, path):
+    """Metrics of models, those called "<way of choosing>@<n>" -> accuracy over n, a line a way: means over
+    the rows that have them."""
+    found = {}
+    for name in dict.fromkeys(name for row in rows for name in row if "@" in name):
+        way, n = name.split("@")
+        values = [100 * row[name] for row in rows if name in row]
+        found.setdefault(way, []).append((int(n), sum(values) / len(values)))
     fig, axes = figure(6, 4)
-    for way in next(iter(seeds[0].values())):
-        shares = [[sum(seed[n][way]) / len(seed[n][way]) for n in seed] for seed in seeds]
-        means = [100 * sum(column) / len(seeds) for column in zip(*shares)]
-        axes.plot([int(n) for n in seeds[0]], means, marker="o", label=way)
+    for way, points in found.items():
+        axes.plot(*zip(*sorted(points)), marker="o", label=way)
+    ticks = sorted({n for points in found.values() for n, _ in points})
     axes.set_xscale("log", base=2)
-    axes.set_xticks([int(n) for n in seeds[0]], list(seeds[0]))
+    axes.set_xticks(ticks, list(map(str, ticks)))
     axes.set(xlabel="samples n", ylabel="accuracy (%)")
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save(fig, path)
 
 
-def log_ratios_along(tokens, path, title=""):
-    """[(token, log pi - log pi_ref)] along one response -> a bar a token."""
+def log_ratios_along(chain, path):
+    """A wrong chain {tokens, ratios: log pi - log pi_ref of each, wrong: its first wrong step} -> a bar a
+    token."""
+    tokens, values = [token.replace("\n", "/") for token in chain["tokens"]], chain["ratios"]
     fig, axes = figure(max(6, 0.22 * len(tokens)), 3)
-    values = [value for _, value in tokens]
     axes.bar(range(len(values)), values, color=["tab:green" if value > 0 else "tab:red" for value in values])
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(tokens)), [text for text, _ in tokens], rotation=90, fontsize=8)
-    axes.set(ylabel="log-ratio (nats)", title=title)
+    axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=8)
+    axes.set(ylabel="log-ratio (nats)", title=f"step {chain['wrong'] + 1} is the first wrong one")
     save(fig, path)

@@ -77,6 +77,16 @@ def log_ratio_scores(model, ref, tokenizer, groups, *, name, mode, words=0, read
             )
 
 
+def step_sums(tokens, values):
+    """Values of a chain's tokens (texts) summed over each line, a step; a line break counts to the line that
+    it ends."""
+    sums = [0.0]
+    for token, value in zip(tokens, values):
+        sums[-1] += value
+        sums += [0.0] * ("\n" in token)
+    return sums
+
+
 def best_of_n(answers, scores):
     """The answer of the highest score; the first of equals; None answers lose to all others."""
     answered = [(score, answer) for score, answer in zip(scores, answers) if answer is not None]

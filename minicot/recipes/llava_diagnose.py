@@ -1,52 +1,45 @@
 """Why the LLaVA-Reasoner recipe's numbers are what they are: what its base reads, where chains first go
 wrong, what the verifier's scores order.
 
-    python -m minicot.recipes.llava_diagnose             # from the cells in runs/llava_reasoner/toy
-    python -m minicot.recipes.llava_diagnose --base      # what a base that sees reads, arrays and files
+    python -m minicot.recipes.llava_diagnose                      # from cells in runs/recipes/llava_reasoner
+    python -m minicot.recipes.llava_diagnose --base toy-vision    # what a base reads, arrays and files
 
-Prints Markdown tables; each takes a minute.
+Prints tables; each takes a minute.
 """
 
-import argparse
-import collections
-import json
-import re
 import tempfile
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from minicot.answers import is_correct, majority_vote, normalize, split_steps
+from minicot.answers import is_correct, majority_vote, normalize
+from minicot.config import Flags, flag, run
 from minicot.data import image_reader
-from minicot.records import Problem, read_samples
-from minicot.errors import InputError
 from minicot.metrics import paired_difference
-from minicot.recipes.cells import INTERVAL, markdown
-from minicot.recipes.llava_reasoner import RESULTS, RUNS
+from minicot.recipes.llava_reasoner import E
+from minicot.recipes.tables import INTERVAL, markdown, read_results
+from minicot.records import Problem, read_samples
 from minicot.sampling import sample_groups
 from minicot.tokenizer import Tokenizer
-from minicot.toy import pictures
-from minicot.toy.problems import FACTS
+from minicot.toy import pictures, teacher
 from minicot.training import resolve
 from minicot.verifier import best_of_n, weighted_vote
 from minicot.weights import load_model
 
+
+@dataclass(frozen=True)
+class DiagnoseConfig(Flags):
+    """Why the LLaVA-Reasoner recipe's numbers are what they are."""
+
+    base: str = flag("", "what a base that sees reads: its folder or name, such as toy-vision")
+    pictures: int = flag(100, "of each kind, with --base", least=1)
+
+
 FILES = ((None, None), (192, "png"), (200, "png"), (320, "jpg"), (200, "jpg"), (64, "jpg"))
-# What a chain's first wrong step does: it reads a person's number of the other thing, or another number;
-# takes up a number that no step before gave; miscalculates; computes with another person's or another number
-# of the question, or by another operation; is not a step. "answer": the answer alone is wrong or missing.
-ERRORS = ("other column", "misread", "look-up", "arithmetic", "operand", "operation", "unreadable", "answer")
-HOLDS = {
-    "+": lambda a, b, c: a + b == c,
-    "-": lambda a, b, c: a - b == c,
-    "x": lambda a, b, c: a * b == c,
-    "/": lambda a, b, c: a == b * c and b > 0,
-}
-EQUATION = r"({}) (\d+) ([-+x/]) (\d+) = (\d+)( more)?"
-
-
 # ---- what the base reads -----------------------------------------------------------------------------------
 
 
@@ -81,56 +74,31 @@ def base_table(folder, n):
                 found = readings(model, tokenizer, reader, rows, images, root)
             right.append(sum(text == row["solution"] for text, row in zip(found, rows)))
         lines.append((kind, *right))
-    return "\n".join(markdown((f"of {n}", *ways), lines))
+    return (f"of {n}", *ways), lines
 
 
 # ---- where chains go wrong ---------------------------------------------------------------------------------
 
 
-def first_error(problem_id, text):
-    """What the first wrong step of a chain (in the wording "because") does: one of ERRORS."""
-    scene, steps = pictures.scene_of(problem_id), split_steps(text)
-    labels = pictures.label_steps(scene, steps)
-    if False not in labels:
-        return "answer"
-    step, before = steps[labels.index(False)], steps[: labels.index(False)]
-    reading = re.fullmatch(r"(\w+): \w+ (\d+)\.", step)
-    if reading:
-        others = {
-            (one.who, str(one.value)) for one in pictures.in_picture(scene) if one.item != scene.asked.item
-        }
-        return "other column" if reading.groups() in others else "misread"
-    known, _, claim = step.rpartition(", so ")
-    equation = re.search(EQUATION.format(r"\w+ has"), claim) or re.search(EQUATION.format("they have"), claim)
-    if not equation:
-        return "unreadable"
-    who, a, sign, b, c, more = equation.groups()
-    if known and (
-        not pictures.label_steps(scene, [*before, f"{known}."])[-1]
-        or not {*map(int, re.findall(r"\d+", known))} <= {int(a), int(b)}
-    ):
-        return "look-up"
-    if not HOLDS[sign](int(a), int(b), int(c)):
-        return "arithmetic"
-    asked = {"difference": more, "total": who == "they have", "value": False}[scene.asked.kind]
-    own = [one for one in scene.quantities if f"{one.who} has" == who and not more]
-    subjects = [scene.asked] if asked else own
-    return "operand" if sign in {FACTS[one.kind][0] for one in subjects} else "operation"
-
-
 def errors_table(seeds):
     """Samples of test problems, a list a seed -> of the chains about each kind of picture the share that is
     right, and the share that first goes wrong in each way."""
-    counts = collections.defaultdict(collections.Counter)
+    counts = defaultdict(Counter)
     for samples in (one for groups in seeds for one in groups):
         for response in samples.responses:
-            kind = "right" if response.correct else first_error(samples.problem.id, response.text)
+            kind = "right" if response.correct else teacher.first_error(samples.problem.id, response.text)
             counts[samples.problem.id.split("-")[0]][kind] += 1
     rows = [
-        (kind, *(f"{counts[kind][one] / max(counts[kind].total(), 1):.1%}" for one in ("right", *ERRORS)))
+        (
+            kind,
+            *(
+                f"{counts[kind][one] / max(counts[kind].total(), 1):.1%}"
+                for one in ("right", *teacher.ERRORS)
+            ),
+        )
         for kind in pictures.KINDS
     ]
-    return "\n".join(markdown(("chains", "right", *ERRORS), rows))
+    return ("chains", "right", *teacher.ERRORS), rows
 
 
 # ---- what the verifier's scores order ----------------------------------------------------------------------
@@ -157,7 +125,7 @@ def orders(samples, name):
 
 def best_of_repeated(answers, scores):
     """Best-of-n among the answers that at least two responses give (among all where none is)."""
-    votes = collections.Counter(normalize(one) for one in answers if one is not None)
+    votes = Counter(normalize(one) for one in answers if one is not None)
     repeated = [one if one is not None and votes[normalize(one)] > 1 else None for one in answers]
     return best_of_n(repeated if any(repeated) else answers, scores)
 
@@ -194,7 +162,7 @@ def orders_table(seeds, name):
         "best of repeated answers",
         "majority",
     )
-    return "\n".join(markdown(head, rows))
+    return head, rows
 
 
 def betas_table(seeds, name, betas=(0.1, 1, 3, 10, 30)):
@@ -210,35 +178,22 @@ def betas_table(seeds, name, betas=(0.1, 1, 3, 10, 30)):
     rows = [
         (weight, *(INTERVAL.format(*over(beta, weight)) for beta in betas)) for weight in ("exp", "sigmoid")
     ]
-    return "\n".join(markdown((f"vote by {name}, over majority", *(f"beta {beta}" for beta in betas)), rows))
+    return (f"vote by {name}, over majority", *(f"beta {beta}" for beta in betas)), rows
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--base", nargs="?", const="toy-vision", help="a base's folder or name")
-    parser.add_argument("--pictures", type=int, default=100, help="of each kind, with --base")
-    args = parser.parse_args(argv)
-    if args.base:
-        print(base_table(resolve(args.base), args.pictures))
-        return
-    results = json.loads((RESULTS / "llava_reasoner.json").read_text())
-    [lr] = {cell["settings"]["lr"] for cell in results["cells"] if cell["name"] == "dpo@cot"}
-    seeds = [
-        read_samples(RUNS / "toy" / f"dpo-lr{lr:g}-s{seed}" / "scored-cut.jsonl")
-        for seed in range(results["sizes"]["seeds"])
-    ]
-    print(
-        errors_table(seeds),
-        *(orders_table(seeds, name) for name in ("dpo", "dpo-cut", "short")),
-        *(betas_table(seeds, name) for name in ("dpo", "dpo-cut")),
-        sep="\n\n",
-    )
+def main(config):
+    if config.base:
+        found = [base_table(resolve(config.base), config.pictures)]
+    else:
+        E.parse([])
+        results = read_results(E.results / f"{E.name}.json", E.world())
+        [lr] = {cell["settings"]["lr"] for cell in results["cells"] if cell["name"] == "dpo"}
+        folders = [E.root / f"dpo-lr{lr:g}-s{seed}" for seed in range(results["sizes"]["seeds"])]
+        seeds = [read_samples(folder / "scored-cut" / "samples.jsonl") for folder in folders]
+        found = [errors_table(seeds), *(orders_table(seeds, name) for name in ("dpo", "dpo-cut", "short"))]
+        found += [betas_table(seeds, name) for name in ("dpo", "dpo-cut")]
+    print("\n".join(line for head, rows in found for line in markdown(head, rows)))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        raise SystemExit(f"error: {' '.join(str(error).split())}") from None
+    run(main, DiagnoseConfig)

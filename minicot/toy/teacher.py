@@ -3,7 +3,8 @@ evolves problems.
 
 It stands in for the GPT-4 or Gemini teachers of the papers. It knows the scene, so what it does is known too:
 a `kind` says which mistake a solution holds. Every function takes a row of problems.py or pictures.py (harder
-and easier: of problems.py) and a random.Random, and returns a new row; rows are never changed.
+and easier: of problems.py) and a random.Random, and returns a new row; rows are never changed. first_error goes the
+other way: it names the mistake in a chain that a model wrote.
 """
 
 import random
@@ -11,7 +12,8 @@ import re
 
 from minicot.answers import STYLES, extract_answer, is_correct, split_steps
 from minicot.toy import problems
-from minicot.toy.pictures import chain, in_picture, is_picture, read_from, scene_of, wordings_of, write_step
+from minicot.toy.pictures import chain, in_picture, is_picture, label_steps, read_from, scene_of, wordings_of
+from minicot.toy.pictures import write_step
 from minicot.toy.problems import FACTS, WORDINGS, Quantity, Scene, compute, row_of
 
 MISTAKES = ("arithmetic", "misread", "operation", "skip", "label")
@@ -163,3 +165,47 @@ def _with_solution(row: dict, steps: list[str], answer: str) -> dict:
     """The row with another solution; `uses` told of the old steps and goes."""
     kept = {key: value for key, value in row.items() if key != "uses"}
     return {**kept, "steps": steps, "solution": "\n".join([*steps, f"#### {answer}"])}
+
+
+# ---- naming a mistake ----------------------------------------------------------------------------
+
+# What a chain's first wrong step does: it reads a person's number of the other thing, or another number;
+# takes up a number that no step before gave; miscalculates; computes with another person's or another number
+# of the question, or by another operation; is not a step. "answer": the answer alone is wrong or missing.
+ERRORS = ("other column", "misread", "look-up", "arithmetic", "operand", "operation", "unreadable", "answer")
+HOLDS = {
+    "+": lambda a, b, c: a + b == c,
+    "-": lambda a, b, c: a - b == c,
+    "x": lambda a, b, c: a * b == c,
+    "/": lambda a, b, c: a == b * c and b > 0,
+}
+EQUATION = r"({}) (\d+) ([-+x/]) (\d+) = (\d+)( more)?"
+
+
+def first_error(problem_id, text):
+    """What the first wrong step of a chain (in the wording "because") does: one of ERRORS."""
+    scene, steps = scene_of(problem_id), split_steps(text)
+    labels = label_steps(scene, steps)
+    if False not in labels:
+        return "answer"
+    step, before = steps[labels.index(False)], steps[: labels.index(False)]
+    reading = re.fullmatch(r"(\w+): \w+ (\d+)\.", step)
+    if reading:
+        others = {(one.who, str(one.value)) for one in in_picture(scene) if one.item != scene.asked.item}
+        return "other column" if reading.groups() in others else "misread"
+    known, _, claim = step.rpartition(", so ")
+    equation = re.search(EQUATION.format(r"\w+ has"), claim) or re.search(EQUATION.format("they have"), claim)
+    if not equation:
+        return "unreadable"
+    who, a, sign, b, c, more = equation.groups()
+    if known and (
+        not label_steps(scene, [*before, f"{known}."])[-1]
+        or not {*map(int, re.findall(r"\d+", known))} <= {int(a), int(b)}
+    ):
+        return "look-up"
+    if not HOLDS[sign](int(a), int(b), int(c)):
+        return "arithmetic"
+    asked = {"difference": more, "total": who == "they have", "value": False}[scene.asked.kind]
+    own = [one for one in scene.quantities if f"{one.who} has" == who and not more]
+    subjects = [scene.asked] if asked else own
+    return "operand" if sign in {FACTS[one.kind][0] for one in subjects} else "operation"

@@ -1,0 +1,384 @@
+"""The engine of the recipes: an experiment is declared; the engine runs it, judges its claims, writes a page.
+
+    def declare(E):
+        sft = E.model("sft", "train.py", init=E.init, data=E.data, split=E.train)
+        samples = E.samples("samples", sft, split=E.train, limit=E.size.problems, n=8)
+        E.model("dpo", "align.py", init=sft, samples=samples, method="dpo", grid=dict(lr=(1e-5, 1e-4)))
+        E.choose_by("metrics.accuracy", split=E.validation, limit=E.size.validation)
+        E.read("test", split=E.test, limit=E.size.test, take={"accuracy": "correct"})
+
+    Experiment("name", title, sizes, fast).main(declare, CLAIMS, {"model": {"accuracy": "{accuracy:.1%}"}})
+
+A cell is a command of train.py, sample.py or align.py, or a function that makes a file of others, at one
+seed, in a folder of its own below runs/recipes/<name>/. Commands are printed: a cell can be run by hand. A
+cell whose cell.json names the same command and inputs is not run again. A flag whose value is a cell stands
+for what that cell makes, which is made first.
+
+A model with a grid is made at every setting at the first seed; the one that reads out best on validation
+problems is made at every seed and meets the test problems once. Claims are written down before the run.
+"""
+
+import argparse
+import functools
+import hashlib
+import inspect
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from minicot.errors import InputError
+from minicot.metrics import ratio_numbers
+from minicot.recipes.tables import judge_all, pack, read_results, sides, tables, write_page
+from minicot.sets import TOYS, read_problems, refuse_shared
+from minicot.training import ROOT, resolve, weights_digest, write_json, write_jsonl
+
+RESULTS = ROOT / "minicot" / "recipes" / "results"
+SWITCH = {"action": "store_true"}
+ARGUMENTS = {
+    "--data": {"help": "toy, toy-pictures, gsm8k:PATH, ..., FILE.jsonl"},
+    "--init": {"help": "base model folder"},
+    "--splits": {"nargs": 3, "default": ["train", "validation", "test"], "help": "of data"},
+    "--set": {"nargs": "+", "default": [], "metavar": "SIZE=VALUE", "help": "other sizes, see SIZES"},
+    "--seeds": {"help": "how many"},
+    "--only": {"nargs": "+", "metavar": "MODEL", "help": "a part of the models; with --name or --fast"},
+    "--name": {"help": "of run folder, results and page"},
+    "--fast": {**SWITCH, "help": "a small part of the work; its results stay in the run folder"},
+    "--fresh": {**SWITCH, "help": "make every cell again"},
+    "--jobs": {"type": int, "default": 2, "help": "cells at once (CPU: of one thread each)"},
+    "--device": {"default": "cpu", "choices": ("cpu", "cuda")},
+    "--dtype": {"default": "float32", "choices": ("float32", "bfloat16")},
+    "--train-flags": {"default": "", "help": "more flags of train.py, such as '--lr 2e-5'"},
+    "--table": {**SWITCH, "help": "print the results that are there, make figures and page again"},
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A command or a function, at each seed, and what it makes."""
+
+    name: str
+    work: tuple  # (script, *switches), (function, *inputs), or () for another name of the cell `of`
+    makes: str  # a file, or a model folder, in the cell's own folder
+    flags: dict = field(default_factory=dict)  # of a command; None is left out
+    of: "Cell | None" = None  # the cell in whose folder, and at whose setting, this one lives
+    grid: dict = field(default_factory=dict)  # flag -> its values
+    at: tuple = ()  # (model, *flags): these flags as they were chosen for that model
+    seeds: int = 10**6  # at most so many
+    table: str | None = None  # which table shows it (None: the first)
+
+
+@dataclass(frozen=True)
+class Next:
+    """A cell at the next seed: another model of the same kind."""
+
+    cell: Cell
+
+
+class Experiment:
+    """One paper's experiment. E.size.<name> are its sizes; E.data, E.init, E.train, E.validation, E.test the
+    data, base model and splits that the command line may change; E.toy: is it a built-in world?"""
+
+    def __init__(self, name, title, sizes, fast, *, elsewhere=None, data="toy", init="toy", results=RESULTS):
+        """sizes: {name: value}, "seeds" among them; fast: what --fast changes on the built-in world, and
+        `elsewhere` on other data."""
+        self.title, self.sizes, self.fast, self.elsewhere = title, sizes, fast, elsewhere or fast
+        self.defaults, self.results = dict(name=name, data=data, init=init), Path(results)
+        self.models, self.reads, self.validations, self.chosen, self.made = [], {}, {}, {}, {}
+        self.lock, self.start = threading.Lock(), time.perf_counter()
+
+    # -- declaring
+
+    def model(self, name, script, *switches, grid=None, at=(), seeds=10**6, table=None, **flags):
+        """A model that train.py or align.py makes: a row of the tables. A name "aft@twin" shares its folders
+        with "aft" where their settings agree."""
+        self.models.append(
+            Cell(name, (script, *switches), "model", flags, None, grid or {}, at, seeds, table)
+        )
+        return self.models[-1]
+
+    def alias(self, name, model):
+        """Another name of a model, to be read out in another way."""
+        self.models.append(Cell(name, (), "", of=model))
+        return self.models[-1]
+
+    def samples(self, name, model, *switches, **flags):
+        """What sample.py draws from a model, or with verifier=, how it scores samples by it."""
+        flags = flags if "verifier" in flags else {"model": model, "data": self.data, **DRAW, **flags}
+        return Cell(name, ("sample.py", *switches), "samples.jsonl", flags, of=model)
+
+    def file(self, name, function, *inputs):
+        """The file that function(out, *paths of the inputs, seed=seed) writes."""
+        return Cell(name, (function, *inputs), f"{name}.jsonl", of=inputs[0])
+
+    def write(self, name, rows):
+        """A JSON-lines file for all seeds, written at once -> its path."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_jsonl(self.root / name, rows)
+        return self.root / name
+
+    def read(self, name, *work, take=None, of=None, **flags):
+        """Read models out (None: all): by `sample.py --evaluate`, by other switches of sample.py, or by a
+        function (see `file`).
+
+        take: {metric: where it stands in the JSON that was written, such as "metrics.majority"}; None: all
+        that is there. A list holds a number, or [right, of how many], for each problem."""
+        for model in self.models if of is None else of:
+            self.reads.setdefault(model.name, []).append((self.reading(name, model, work, flags), take))
+
+    def choose_by(self, score, **flags):
+        """Which number of `sample.py --evaluate` chooses among the settings of a grid."""
+        for model in self.models:
+            self.validations[model.name] = self.reading("validation", model, (), flags), score
+
+    def reading(self, name, model, work, flags):
+        if work and callable(work[0]):
+            return Cell(name, work, "results.json", of=model)
+        flags = {"model": model, **({} if "samples" in flags else {"data": self.data, **DRAW}), **flags}
+        return Cell(name, ("sample.py", *(work or ("--evaluate",))), "results.json", flags, of=model)
+
+    # -- making cells
+
+    def setting(self, cell):
+        """The setting that was chosen for a model, {flag: value}."""
+        if cell.at:
+            return {flag: self.setting(cell.at[0])[flag] for flag in cell.at[1:]}
+        return self.chosen.get(cell.name, {})
+
+    def folder(self, cell, seed, setting=None):
+        if cell.of:
+            return self.folder(cell.of, seed, setting) / cell.name
+        setting = self.setting(cell) if setting is None else setting
+        label = cell.name.partition("@")[0] + "".join(f"-{flag}{v:g}" for flag, v in setting.items())
+        return self.root / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', label)}-s{seed}"
+
+    def path(self, cell, seed, setting=None):
+        """Make a cell, and first all that it needs -> the path of what it makes. Once, whoever asks."""
+        if isinstance(cell, Next):
+            return self.path(cell.cell, (seed + 1) % max(2, self.size.seeds))
+        if not isinstance(cell, Cell) or not cell.work:
+            return self.path(cell.of, seed, setting) if isinstance(cell, Cell) else cell
+        folder = self.folder(cell, seed, setting)
+        with self.lock:
+            mine = folder not in self.made
+            future = self.made.setdefault(folder, Future())
+        if mine:
+            try:
+                future.set_result(self.make(cell, seed, setting, folder))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+    def make(self, cell, seed, setting, folder):
+        get = lambda value: self.path(value, seed, setting if value is cell.of else None)
+        out, (script, *rest) = folder / cell.makes, cell.work
+        if callable(script):
+            needs = paths = [get(one) for one in rest]
+            line = f"{script.__name__}({', '.join(map(str, [out, *paths]))})"
+            inputs = {"code": hashlib.sha256(inspect.getsource(script).encode()).hexdigest()[:16]}
+            work = lambda log: script(out, *paths, seed=seed)
+        else:
+            chosen = {} if cell.of else self.setting(cell) if setting is None else setting
+            flags = {**cell.flags, **chosen, "seed": seed, "out": out, "device": self.args.device}
+            flags |= {"dtype": self.args.dtype} if self.args.dtype != "float32" else {}
+            flags = {flag: get(value) for flag, value in flags.items() if value is not None}
+            words = [(f"--{flag.replace('_', '-')}", str(value)) for flag, value in flags.items()]
+            more = shlex.split(self.args.train_flags) if script == "train.py" else []
+            words = [script, "--overwrite", *rest, *itertools.chain(*words), *more]
+            line, inputs = shlex.join(["python", *words]), {}
+            needs = [flags[flag] for flag in INPUTS if flag in flags]
+            work = lambda log: self.command(line, words, log)
+        inputs |= {str(need): found for need in needs if (found := digest(need))}
+        mark, start = folder / "cell.json", time.perf_counter()
+        done = json.loads(mark.read_text()) if mark.is_file() and not self.args.fresh else {}
+        if (done.get("command"), done.get("inputs")) != (line, inputs):
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.unlink(missing_ok=True)
+            print(line, flush=True)
+            work(folder / "log.txt")
+            minutes = round((time.perf_counter() - start) / 60, 2)
+            write_json(mark, {"command": line, "inputs": inputs, "commit": commit(), "minutes": minutes})
+        return out
+
+    def command(self, line, words, log):
+        """Run a script, its output going to a file; one that fails ends the recipe with its own last line."""
+        environment = os.environ | ({"OMP_NUM_THREADS": "1"} if self.args.jobs > 1 else {})
+        with open(log, "a") as file:
+            python = [sys.executable, *words]
+            code = subprocess.run(python, stdout=file, stderr=file, env=environment, check=False).returncode
+        if code:
+            last = log.read_text().strip().splitlines()[-1:]
+            raise InputError(f"{line}: exit code {code}; {log} ends with {last}")
+
+    def output(self, model, name, seed=0):
+        """What a model's reading of this name wrote, as JSON."""
+        [reading] = [one for one, _ in self.reads[model.name] if one.name == name]
+        return json.loads(self.path(reading, seed).read_text())
+
+    def choose(self, pool):
+        """Every setting of every grid at the first seed -> the grid as it reads out; the best is chosen."""
+        jobs = []
+        for cell in self.models:
+            settings = [dict(zip(cell.grid, values)) for values in itertools.product(*cell.grid.values())]
+            self.chosen[cell.name] = settings[0]
+            jobs += [(cell.name, setting) for setting in settings] if len(settings) > 1 else []
+
+        def validate(job):
+            reading, score = self.validations[job[0]]
+            found = take(self.path(reading, 0, job[1]), {"score": score})
+            return {"name": job[0], "settings": job[1], "score": round(found["score"], 4)}
+
+        grid = list(pool.map(validate, jobs))
+        for one in sorted(grid[::-1], key=lambda one: one["score"]):  # the first of equals
+            self.chosen[one["name"]] = one["settings"]
+        return grid
+
+    def row(self, cell, seed):
+        """A model at a seed, read out."""
+        metrics, lists = {}, {}
+        for reading, wanted in self.reads.get(cell.name, []):
+            for name, value in take(self.path(reading, seed), wanted).items():
+                if isinstance(value, list):
+                    lists[name], value = value, sum(ratio_numbers(value)) / len(value)
+                metrics[name] = round(value, 5)
+        row = {"name": cell.name, "seed": seed, "settings": self.setting(cell), "metrics": metrics}
+        return row | {"lists": lists} | ({"table": cell.table} if cell.table else {})
+
+    # -- from the command line to the page
+
+    def main(self, declare, claims, columns, *, pivots=(), extra=None, draw=None, argv=None):
+        """Run the recipe: make all cells, judge the claims, write results, figures and page, print tables.
+
+        columns, pivots: see tables.tables. extra(self) -> more of the results, {name: JSON}, "notes" among
+        them: lines of text below the tables. draw(results, stem) makes the figures <stem>_*.svg, of the
+        results alone. argv: None is the command line's."""
+        try:
+            self.parse(sys.argv[1:] if argv is None else argv)
+            file = self.results / f"{self.name}.json"
+            if not self.args.table:
+                declare(self)
+                self.check(claims)
+                results = self.run(claims, columns, extra)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, results, indent=None)
+            results = read_results(file, self.world())
+            if draw:
+                draw(results, file.with_suffix(""))
+            lines = tables(results, columns, pivots)
+            print("\n".join([*lines, f"{file}, {write_page(file, self.title, results, lines)}"]))
+        except (InputError, OSError) as error:
+            raise SystemExit(f"error: {' '.join(str(error).split())}") from None
+
+    def parse(self, argv):
+        parser = argparse.ArgumentParser(description=self.title, allow_abbrev=False)
+        for flag, options in ARGUMENTS.items():
+            parser.add_argument(flag, **{"default": self.defaults.get(flag[2:]), **options})
+        self.args = args = parser.parse_args(argv)
+        self.line = shlex.join(["python", "-m", f"minicot.recipes.{self.defaults['name']}", *argv])
+        if args.only and args.name == self.defaults["name"] and not args.fast:
+            raise InputError("--only is given; allowed: with --name or --fast, as a part is not the whole")
+        self.name, self.data, self.init, self.toy = (args.name, args.data, args.init, args.data in TOYS)
+        self.train, self.validation, self.test = args.splits
+        fast = {} if not args.fast else self.fast if self.toy else self.elsewhere
+        sizes, given = {**self.sizes, **fast}, dict(pair.partition("=")[::2] for pair in args.set)
+        given |= {"seeds": args.seeds} if args.seeds else {}
+        if unknown := given.keys() - sizes.keys():
+            raise InputError(f"--set has {', '.join(sorted(unknown))}; allowed: {', '.join(sizes)}")
+        kinds = {size: (lambda v: tuple(map(float, v.split(",")))) if isinstance(sizes[size], tuple)
+                 else type(sizes[size]) for size in given}  # fmt: skip
+        self.size = SimpleNamespace(**sizes | {size: kinds[size](value) for size, value in given.items()})
+        self.root = Path("runs/recipes") / (self.name + ("-fast" if args.fast else ""))
+        self.results = self.root / "results" if args.fast else self.results
+
+    def check(self, claims):
+        """Before the first cell: the splits are there and share nothing, the claims name what is read."""
+        apart = self.toy and len({split.partition("[")[0] for split in self.args.splits}) == 3
+        parts = [read_problems(self.data, split, limit=int(apart)) for split in self.args.splits]
+        for i, j in itertools.combinations(range(3), 2):
+            refuse_shared(parts[i], parts[j], f"--splits: {self.args.splits[j]} of {self.args.splits[i]}")
+        names = [cell.name for cell in self.models]
+        for claim, (model, metric) in ((claim, side) for claim in claims for side in sides(claim)):
+            takes = [wanted for _, wanted in self.reads.get(model, [])]
+            if None not in takes and not {*metric.split("+")} <= {name for one in takes for name in one}:
+                raise InputError(f"claim {claim['id']} names {model}/{metric}, which no cell of this gives")
+        if unknown := {*(self.args.only or ())} - {*names}:
+            raise InputError(f"--only has {', '.join(sorted(unknown))}; allowed: {', '.join(names)}")
+        self.models = [cell for cell in self.models if cell.name in (self.args.only or names)]
+
+    def run(self, claims, columns, extra):
+        """Make and read out all cells, judge the claims -> results."""
+        if self.args.device == "cpu":
+            torch.set_num_threads(1)
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            grid = self.choose(pool)
+            jobs = [(cell, s) for s in range(self.size.seeds) for cell in self.models if s < cell.seeds]
+            cells = list(pool.map(lambda job: self.row(*job), jobs))
+        more = extra(self) if extra else {}
+        kept = {(model, part) for one in claims for model, metric in sides(one) for part in metric.split("+")}
+        shown = {one[0] for heads in columns.values() for one in heads.values() if isinstance(one, tuple)}
+        for cell in cells:  # the numbers of single problems that a claim or a difference needs
+            wanted = {name for name in cell["lists"] if name in shown or (cell["name"], name) in kept}
+            cell["lists"] = {name: pack(cell["lists"][name]) for name in cell["lists"] if name in wanted}
+        marks = [json.loads((folder / "cell.json").read_text()) for folder in self.made]
+        gpu = self.args.device == "cuda" and torch.cuda.get_device_name()
+        results = {
+            "command": self.line,
+            "commits": sorted({mark["commit"] for mark in marks}),
+            "device": gpu or f"CPU, {self.args.jobs} jobs of one thread",
+            "minutes": round((time.perf_counter() - self.start) / 60, 1),
+            "cell_minutes": round(sum(mark["minutes"] for mark in marks), 1),
+            "world": self.world(),
+            "sizes": vars(self.size),
+            "grid": grid,
+            "extra": more,
+            "cells": cells,
+        }
+        return results | {"claims": judge_all(results, claims)}
+
+    def world(self):
+        """A hash of the built-in world; None of other data."""
+        problems = read_problems(self.data, "test", limit=50) if self.toy else None
+        texts = problems and json.dumps([(p.question, p.answer, p.solution) for p in problems])
+        return texts and hashlib.sha256(texts.encode()).hexdigest()[:16]
+
+
+DRAW = {"batch_size": 256}  # sequences decoded together
+INPUTS = ("init", "model", "ref", "verifier", "samples", "data", "vision")
+
+
+def digest(path):
+    """16 hex digits of a model folder, a data set's folder or a file; None where there is none of these."""
+    path = resolve(str(path).rpartition(":")[2])
+    if (path / "config.json").is_file():
+        return weights_digest(path)[:16]
+    hashes = b""
+    for file in filter(Path.is_file, sorted(path.iterdir()) if path.is_dir() else [path]):
+        with open(file, "rb") as stream:
+            hashes += hashlib.file_digest(stream, "sha256").digest()
+    return hashlib.sha256(hashes).hexdigest()[:16] if hashes else None
+
+
+def commit():
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def take(path, wanted):
+    """{metric: "a.b"} -> {metric: the number or list that stands there in a JSON file}; None: all of it."""
+    found = json.loads(Path(path).read_text())
+    at = lambda key: functools.reduce(lambda part, name: part[name], key.split("."), found)
+    try:
+        return found if wanted is None else {name: at(key) for name, key in wanted.items()}
+    except KeyError as error:
+        raise InputError(f"{path}: has no {error}, which one of {', '.join(wanted.values())} names") from None

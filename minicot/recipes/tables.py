@@ -1,0 +1,165 @@
+"""What a results file says: numbers, verdicts, tables and the page. experiment.py writes the file.
+
+Results: {command, commit, commits, device, minutes, cell_minutes, world, sizes, grid, claims, extra, cells:
+[{name, seed, settings, metrics: {name: number}, lists: {name: packed numbers of single problems}, table}]}.
+"""
+
+import json
+
+from minicot.errors import InputError
+from minicot.metrics import judge, paired_difference, ratio_numbers
+
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+INTERVAL = "{:+.1%} [{:+.1%}, {:+.1%}]"
+BY_HAND = "<!-- written by hand, kept when the page is made again -->"
+
+
+# ---- claims --------------------------------------------------------------------------------------
+
+
+def claims(table, fields=("id", "metric", "ours", "other", "rule", "text")):
+    """Lines "b1 | accuracy | aft | vft | up | text" -> a dict a claim.
+
+    ours, other: names of models; "model/metric" where its metric is another one. rule: "up" | "down" (the
+    difference ours - other), "level" (it does not lie below minus 2 points), "below X" (the difference, or
+    without an other ours alone, lies below X)."""
+    lines = [[word.strip() for word in line.split("|")] for line in table.strip().splitlines()]
+    return [dict(zip(fields, words, strict=True)) for words in lines]
+
+
+def sides(claim):
+    """[(model, metric)] of a claim, ours first."""
+    named = [claim[side].partition("/") for side in ("ours", "other") if claim[side]]
+    return [(model, metric or claim["metric"]) for model, _, metric in named]
+
+
+# ---- numbers of single problems, as the results file keeps them ----------------------------------
+
+
+def pack(values):
+    """A number a problem -> 0/1 as hex (a leading 1 keeps the zeros in front), pairs [right, of how many]
+    below 36 as two characters each, anything else as it is."""
+    if values and all(value in (0, 1) for value in values):
+        return f"{int('1' + ''.join(str(int(value)) for value in values), 2):x}"
+    if values and all(isinstance(value, list) for value in values):
+        return "pairs " + "".join(DIGITS[number] for pair in values for number in pair)
+    return [round(value, 4) for value in values]
+
+
+def unpack(packed):
+    if not isinstance(packed, str):
+        return packed
+    if packed.startswith("pairs "):
+        digits = [DIGITS.index(digit) for digit in packed.removeprefix("pairs ")]
+        return [list(pair) for pair in zip(digits[::2], digits[1::2])]
+    return [int(bit) for bit in f"{int(packed, 16):b}"[1:]]
+
+
+def numbers(results, model, metric):
+    """(seeds, problems) numbers of a metric, whose mean it is; [] where the model was not run. InputError
+    where a seed is missing. A metric of several ("direct+cot") is their mean."""
+    if "+" in metric:
+        parts = [numbers(results, model, part) for part in metric.split("+")]
+        return [[sum(column) / len(parts) for column in zip(*rows)] for rows in zip(*parts)]
+    rows = sorted((c for c in results["cells"] if c["name"] == model), key=lambda cell: cell["seed"])
+    if [row["seed"] for row in rows] != list(range(len(rows))):
+        raise InputError(f"cell {model} has the seeds {[row['seed'] for row in rows]}; allowed: 0, 1, 2, ...")
+    lists = [row["lists"].get(metric) for row in rows]
+    return [] if None in lists else [ratio_numbers(unpack(packed)) for packed in lists]
+
+
+def judge_all(results, all_claims):
+    """The claims whose cells are there, judged."""
+    judged = []
+    for claim in all_claims:
+        both = [numbers(results, *side) for side in sides(claim)]
+        if all(both):
+            judged.append(claim | judge(claim["rule"], *both))
+    return judged
+
+
+# ---- tables and the page -------------------------------------------------------------------------
+
+
+def markdown(head, rows):
+    """Words of the head, rows of words -> the lines of a Markdown table, and an empty one."""
+    line = lambda words: f"| {' | '.join(map(str, words))} |"
+    return [line(head), "|---" * len(head) + "|", *map(line, rows), ""]
+
+
+def entry(results, model, column):
+    """One entry of a table. column: a format of the metrics' means over the seeds; (metric, other model), the
+    paired difference; or a dict of words by the model's name."""
+    if isinstance(column, dict):
+        return column.get(model, "")
+    if isinstance(column, tuple):
+        ours, other = (numbers(results, name, column[0]) for name in (model, column[1]))
+        there = ours and other and model != column[1]
+        return INTERVAL.format(*paired_difference(other[: len(ours)], ours)) if there else ""
+    rows = [cell["metrics"] for cell in results["cells"] if cell["name"] == model]
+    try:
+        return column.format(**{key: sum(row[key] for row in rows) / len(rows) for key in rows[0]})
+    except KeyError:  # this model was not read out so
+        return ""
+
+
+def tables(results, columns, pivots=()):
+    """Results -> the lines of their tables.
+
+    columns: {head: {head: column}}: a table for each group of models, the first for those without a group.
+    pivots: (head, model, names of rows, points): the model's metrics "name@point", a row a name, a column a
+    point."""
+    lines, first = [], next(iter(columns))
+    for group, heads in columns.items():
+        models = dict.fromkeys(c["name"] for c in results["cells"] if c.get("table", first) == group)
+        rows = [(model, *(entry(results, model, one) for one in heads.values())) for model in models]
+        lines += markdown((group, *heads), rows) if rows else []
+    for head, model, names, points in pivots:
+        rows = [(name, *(entry(results, model, f"{{{name}@{p}:.1%}}") for p in points)) for name in names]
+        lines += markdown((head, *(f"n = {point}" for point in points)), rows)
+    shown = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+    rows = [(f"{c['id']}. {c['text']}", shown.format(**c), c["verdict"]) for c in results["claims"]]
+    lines += markdown(("claim", "difference [95 %]", "verdict"), rows) if rows else []
+    scores = {}
+    for one in results["grid"]:
+        rate, *rest = (f"{flag} {value:g}" for flag, value in one["settings"].items())
+        scores.setdefault(", ".join([one["name"], *rest]), {})[rate] = f"{one['score']:.1%}"
+    rates = list(dict.fromkeys(rate for row in scores.values() for rate in row))
+    rows = [(name, *(row.get(rate, "") for rate in rates)) for name, row in scores.items()]
+    lines += markdown(("grid, first seed, validation", *rates), rows) if rows else []
+    return lines + [line for note in results["extra"].get("notes", []) for line in (note, "")]
+
+
+def read_results(file, world):
+    """A results file, if it is whole and of this world (a hash; None: not of a built-in one)."""
+    if not file.is_file():
+        raise InputError(f"{file}: no such results; allowed: the recipe without --table makes them")
+    results = json.loads(file.read_text())
+    if results["world"] != world:
+        raise InputError(f"{file}: is of the world {results['world']}, this is {world}; run the recipe again")
+    seeds = {}
+    for cell in (cell for cell in results["cells"] if "table" not in cell):
+        seeds.setdefault(cell["name"], []).append(cell["seed"])
+    for name, found in seeds.items():
+        if sorted(found) != list(range(results["sizes"]["seeds"])):
+            raise InputError(f"{file}: model {name} has the seeds {found}; allowed: 0, 1, ... as sizes say")
+    return results
+
+
+def write_page(file, title, results, lines):
+    """The page of a results file: title, how it was made, tables, figures; what was written by hand below
+    them is kept -> its path."""
+    page, by_hand = file.with_suffix(".md"), "\n"
+    if page.is_file():
+        _, mark, by_hand = page.read_text().partition(BY_HAND)
+        if not mark:
+            raise InputError(f"{page}: its hand-written part is gone; allowed: below the line {BY_HAND}")
+    figures = [f"![{one.stem}]({one.name})" for one in sorted(file.parent.glob(f"{file.stem}_*.svg"))]
+    sizes = ", ".join(f"{size} {value}" for size, value in results["sizes"].items())
+    made = (
+        f"`{results['command']}`, {results['device']}; {results['cell_minutes']} minutes of work, commits "
+        f"{', '.join(results['commits'])}. Numbers of single problems are in [{file.name}]({file.name}). "
+        f"Sizes: {sizes}."
+    )
+    page.write_text("\n".join([f"# {title}", "", made, "", *lines, *figures, "", BY_HAND]) + by_hand)
+    return page
