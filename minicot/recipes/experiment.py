@@ -215,7 +215,7 @@ class Experiment:
         """Run a script, its output going to a file; one that fails ends the recipe with its own last line."""
         environment = os.environ | ({"OMP_NUM_THREADS": "1"} if self.args.jobs > 1 else {})
         with open(log, "a") as file:
-            python = [sys.executable, *words]
+            python = [sys.executable, str(ROOT / words[0]), *words[1:]]
             code = subprocess.run(python, stdout=file, stderr=file, env=environment, check=False).returncode
         if code:
             last = log.read_text().strip().splitlines()[-1:]

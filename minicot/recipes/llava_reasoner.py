@@ -217,8 +217,9 @@ def declare(E):
         taken = dict(take={mode: "correct", f"{mode}_missing": "metrics.missing_answers"})
         E.read(mode, of=seeing, **asked, **taken)
         E.read(mode, "--evaluate", "--blind", of=[blind], **asked, **taken)
-    sampled = dict(split=E.test, limit=s.pool, n=8)
-    E.read("sampled", of=[both, *aligned.values()], take={"sampled": "right"}, **sampled)
+    E.read(
+        "sampled", of=[both, *aligned.values()], split=E.test, limit=s.pool, n=8, take={"sampled": "right"}
+    )
 
     chains = E.samples("test-samples", both, split=E.test, limit=s.pool, n=s.k)
     whole = E.samples("scored", dpo, "--token-scores", verifier=dpo, ref=both, samples=chains)

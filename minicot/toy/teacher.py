@@ -3,8 +3,7 @@ evolves problems.
 
 It stands in for the GPT-4 or Gemini teachers of the papers. It knows the scene, so what it does is known too:
 a `kind` says which mistake a solution holds. Every function takes a row of problems.py or pictures.py (harder
-and easier: of problems.py) and a random.Random, and returns a new row; rows are never changed. first_error goes the
-other way: it names the mistake in a chain that a model wrote.
+and easier: XX
 """
 
 import random
