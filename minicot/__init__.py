@@ -4,7 +4,8 @@ Read in this order:
 
     losses.py      every loss, pure functions of tensors: what the papers are about
     model.py       the decoder that the losses train (Llama, Mistral, Qwen)
-    vision.py      a CLIP or SigLIP encoder and a projector that give the decoder eyes (LLaVA)
+    vision.py      a CLIP or SigLIP encoder and a projector, with which the decoder reads pictures (LLaVA)
+    families.py    config.json of a model family <-> what model.py and vision.py are built from
     weights.py     Hugging Face folders in and out
     tokenizer.py   text <-> ids, and the chat template
     answers.py     what the answer of a response is, and whether it is right

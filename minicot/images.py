@@ -71,7 +71,7 @@ def load_image(path, root=None) -> Image.Image:
     first frame.
 
     With `root`, a relative path starts there, and the file must lie inside, links followed. FileNotFoundError
-    where there is none; ValueError for a path that leaves root, for what is no such picture, is broken, or
+    where there is none; InputError for a path that leaves root, for what is no such picture, is broken, or
     holds more than MAX_PIXELS (read in the header, before anything is decoded)."""
     file, where = locate(path, root), f"image {str(path)!r}"
     try:
@@ -103,7 +103,7 @@ def locate(path, root):
     where, file = f"image {str(path)!r}", Path(path) if root is None else Path(root, path)
     try:
         inside = root is None or file.resolve().is_relative_to(Path(root).resolve())
-        found = file.stat() if inside else None
+        status = file.stat() if inside else None
     except FileNotFoundError:
         raise FileNotFoundError(f"{where}: no such file" + (f" in {root}" if root else "")) from None
     except (OSError, RuntimeError, ValueError) as error:
@@ -111,14 +111,10 @@ def locate(path, root):
         raise InputError(f"{where}: found no readable file ({reason})") from None
     if not inside:
         raise InputError(f"{where}: found a path that leaves its folder; allowed: files inside {root}")
-    if not stat.S_ISREG(found.st_mode) or not found.st_size:
-        kind = (
-            "a folder"
-            if stat.S_ISDIR(found.st_mode)
-            else "an empty file"
-            if stat.S_ISREG(found.st_mode)
-            else "no regular file"
-        )
+    regular = stat.S_ISREG(status.st_mode)
+    if not regular or not status.st_size:
+        folder = stat.S_ISDIR(status.st_mode)
+        kind = "an empty file" if regular else "a folder" if folder else "no regular file"
         raise InputError(f"{where}: found {kind}; allowed: a {', '.join(FORMATS)} file")
     return file
 
@@ -143,7 +139,7 @@ class ImageProcessor:
     """What a folder's preprocessor_config.json (or the image_processor inside processor_config.json, which
     comes first, as in transformers) does to a picture. `options` holds every option under its name there.
 
-    ValueError names file and field for an unknown processor, an option that would change pixels in a way that
+    InputError names file and field for an unknown processor, an option that would change pixels in a way that
     is not computed here, and a value that is not allowed."""
 
     def __init__(self, folder):
@@ -151,7 +147,7 @@ class ImageProcessor:
 
     @classmethod
     def from_dict(cls, config: dict, where: str = PLAIN) -> "ImageProcessor":
-        """From the dict of a preprocessor_config.json; `where` opens the message of every ValueError."""
+        """From the dict of a preprocessor_config.json; `where` opens every error's message."""
         processor = cls.__new__(cls)
         processor.options = parse_options(config, where)
         return processor
@@ -166,15 +162,15 @@ class ImageProcessor:
         (Path(folder) / PLAIN).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     def __call__(self, images) -> torch.Tensor:
-        """A picture -> (C,H,W), a list of pictures -> (I,C,H,W), float32. ValueError where the pictures of a
+        """A picture -> (C,H,W), a list of pictures -> (I,C,H,W), float32. InputError where the pictures of a
         list come out in different sizes."""
         if isinstance(images, Image.Image):
             return self._pixels(images)
-        found = [self._pixels(image) for image in images]
-        sizes = sorted({(pixels.shape[2], pixels.shape[1]) for pixels in found})
+        pictures = [self._pixels(image) for image in images]
+        sizes = sorted({(pixels.shape[2], pixels.shape[1]) for pixels in pictures})
         if len(sizes) != 1:
             raise InputError(f"pictures come out as {sizes or 'none'} (width, height); allowed: one size")
-        return torch.stack(found)
+        return torch.stack(pictures)
 
     def _pixels(self, image):
         options = self.options

@@ -33,7 +33,7 @@ class Llama3Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a config.json says, checked and without gaps, in Hugging Face's names (weights.parse_config)."""
+    """What a config.json says, checked and without gaps, in Hugging Face's names (families.parse_config)."""
 
     model_type: str  # "llama", "mistral", "qwen2" or "qwen3"
     vocab_size: int
@@ -118,7 +118,7 @@ class KVCache:
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.empty_like(keys) for keys in self.keys]
         self.real = torch.ones(rows, max_length, dtype=torch.bool, device=device)
-        self.padded = False  # whether any position held is padding; if none is, no mask needed
+        self.padded = False  # whether any position so far is padding; if none is, no mask needed
         self.length = 0
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor):
@@ -129,13 +129,13 @@ class KVCache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask) -> torch.Tensor:
-        """Attention of one layer's new q (N,H,T,D) over all that is held once k and v are added."""
+        """Attention of one layer's new q (N,H,T,D) over all S positions, k and v added."""
         return attend(q, *self.update(layer, k, v), mask)
 
     def append_padding(self, pad_mask: torch.Tensor | None, rows: int, T: int) -> torch.Tensor | None:
         """Remember which of the next T are real; returns it for all S (N,S), or None if all are."""
-        end, (held, room) = self.length + T, self.real.shape
-        assert rows == held and end <= room, f"cache of {held} rows x {room} got {rows} rows x {end}"
+        end, (N, S) = self.length + T, self.real.shape
+        assert rows == N and end <= S, f"cache of {N} rows x {S} got {rows} rows x {end}"
         if pad_mask is not None:
             self.real[:, self.length : end] = pad_mask
             self.padded = self.padded or not pad_mask.all()
@@ -144,7 +144,7 @@ class KVCache:
     def select(self, rows: torch.Tensor) -> None:
         """Keep, reorder or repeat rows: row i becomes old row rows[i]; `rows` are indices or a bool mask."""
         self.real = self.real[rows]
-        for layer in range(len(self.keys)):  # one at a time, so that only one layer is held twice
+        for layer in range(len(self.keys)):  # one at a time, so that only one layer is in memory twice
             self.keys[layer], self.values[layer] = self.keys[layer][rows], self.values[layer][rows]
 
 
@@ -289,7 +289,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def grow_vocabulary(self, vocab_size: int) -> None:
-        """Make room for new tokens; they start as the mean of the old ones (Hewitt 2021)."""
+        """Add rows for new tokens; they start as the mean of the old ones (Hewitt 2021)."""
         self.config = dataclasses.replace(self.config, vocab_size=vocab_size)
         tables = {"embed_tokens": self.model} | ({} if self.lm_head is None else {"lm_head": self._modules})
         for name, modules in tables.items():

@@ -17,17 +17,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minicot.errors import InputError
 
+TEMPLATE = "chat_template.jinja"
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "generation_config.json",
-    "chat_template.jinja",
+    TEMPLATE,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
 )
+PLAIN = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
 
@@ -39,9 +41,15 @@ class Tokenizer:
     sampled one (eos_id and those of generation_config.json).  bos_id: may be None.  pad_id: eos_id where the
     folder names no pad token; padding is masked everywhere, so the choice changes nothing.  fingerprint: of
     tokenizer.json and template.
+
+    chat_template: "" is the folder's own, which a base model may lack. Another one comes before it and is
+    saved as chat_template.jinja, so that the model trained with it carries it: the path of a file that holds
+    a jinja template, or "plain": the contents of the messages in their order, each followed by a newline, and
+    nothing else. Plain names no roles, has no special tokens (a model that wants <s> in front needs a file),
+    and is the same with and without add_generation_prompt; a response follows the last newline.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, chat_template: str = ""):
         self.folder = Path(folder)
         if not (self.folder / "tokenizer.json").is_file():
             raise InputError(f"{self.folder}: no tokenizer.json there")
@@ -49,8 +57,9 @@ class Tokenizer:
         try:
             self.backend = tokenizers.Tokenizer.from_buffer(self.files["tokenizer.json"])
         except Exception as error:  # noqa: BLE001 - it is what the library raises
-            reason = " ".join(str(error).split())
-            raise InputError(f"{self.folder / 'tokenizer.json'}: no readable tokenizer ({reason})") from None
+            raise InputError(
+                f"{self.folder / 'tokenizer.json'}: no readable tokenizer ({one_line(error)})"
+            ) from None
         self.backend.no_padding()
         self.backend.no_truncation()
         self.backend.post_processor = None  # adds special tokens, which we never do, and trims offsets
@@ -66,6 +75,9 @@ class Tokenizer:
         self.eos_id = stops[0] if eos is None else eos
         self.pad_id = self.eos_id if pad is None else pad
         self.stop_ids = tuple(dict.fromkeys([self.eos_id, *stops]))
+        self._template_place = self.folder  # what an error about the template names
+        if chat_template:
+            self.files[TEMPLATE] = self._given_template(chat_template)
         self.chat_template = self._read_template(config)
         self.fingerprint = self._fingerprint()
 
@@ -96,9 +108,12 @@ class Tokenizer:
         return encoding.ids, next((i for i, end in enumerate(ends) if end > len(prompt)), len(encoding.ids))
 
     def chat_prompt(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """[{"role", "content"}, ...] -> the prompt text, by the folder's chat template."""
+        """[{"role", "content"}, ...] -> the prompt text, by the chat template."""
         if self.chat_template is None:
-            raise InputError(f"{self.folder}: no chat_template.jinja, none in tokenizer_config.json either")
+            raise InputError(
+                f"{self.folder}: no {TEMPLATE}, and no chat_template in tokenizer_config.json; "
+                "give one: --chat-template FILE|plain"
+            )
         try:
             return self._template.render(
                 messages=messages,
@@ -108,10 +123,10 @@ class Tokenizer:
                 **self.special,
             )
         except Exception as error:  # noqa: BLE001 - a template may raise anything
-            raise InputError(f"{self.folder}: chat template: {' '.join(str(error).split())}") from None
+            raise InputError(f"{self._template_place}: chat template: {one_line(error)}") from None
 
     def save(self, folder) -> None:
-        """Write the files it was read from, byte for byte."""
+        """Write the files it was read from, byte for byte, but for a template given in place of theirs."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content)
@@ -179,10 +194,26 @@ class Tokenizer:
                 )
         return ids
 
+    def _given_template(self, given: str) -> bytes:
+        """The content of the file that is given as chat_template, or PLAIN; checked to be a template."""
+        if given == "plain":
+            return PLAIN.encode()
+        self._template_place = Path(given)
+        if not self._template_place.is_file():
+            raise InputError(
+                f"chat template {given!r}: no such file; allowed: a file that is there, or plain"
+            )
+        content = self._template_place.read_bytes()
+        try:
+            environment().from_string(content.decode("utf-8"))
+        except (TemplateError, UnicodeDecodeError) as error:
+            raise InputError(f"{given}: no jinja template in UTF-8 ({one_line(error)})") from None
+        return content
+
     def _read_template(self, config: dict) -> str | None:
         """chat_template.jinja wins over tokenizer_config.json's chat_template (text or a list of named)."""
-        if "chat_template.jinja" in self.files:
-            return self._text("chat_template.jinja")
+        if TEMPLATE in self.files:
+            return self._text(TEMPLATE)
         template, where = config.get("chat_template"), self.folder / "tokenizer_config.json"
         if isinstance(template, list):
             named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
@@ -202,6 +233,10 @@ class Generation(Extension):
     def parse(self, parser):
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def environment() -> ImmutableSandboxedEnvironment:

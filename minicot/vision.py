@@ -30,7 +30,7 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A vision_config, checked and without gaps, in Hugging Face's names (weights.parse_vision)."""
+    """A vision_config, checked and without gaps, in Hugging Face's names (families.parse_vision)."""
 
     model_type: str  # "clip_vision_model" or "siglip_vision_model"
     hidden_size: int
@@ -60,7 +60,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class VisionLanguageConfig:
-    """A Llava config.json, checked and without gaps (weights.parse_llava)."""
+    """A Llava config.json, checked and without gaps (families.parse_llava)."""
 
     text: ModelConfig
     vision: VisionConfig

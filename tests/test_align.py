@@ -13,7 +13,7 @@ from minicot.records import Problem, Response, Samples, samples_to_row
 from minicot.sets import read_problems
 from minicot.model import Transformer
 from minicot.training import resolve
-from minicot.weights import read_config, save_model
+from minicot.weights import load_model, save_model
 from tests.helpers import assert_one_line_error, script
 
 BASE = resolve("toy")
@@ -35,7 +35,8 @@ def policy(tmp_path_factory):
     )
     save_model(
         Transformer(
-            dataclasses.replace(read_config(BASE / "config.json"), **small), torch.Generator().manual_seed(0)
+            dataclasses.replace(load_model(BASE / "config.json").config, **small),
+            torch.Generator().manual_seed(0),
         ),
         folder,
     )

@@ -14,6 +14,7 @@ from transformers import AutoImageProcessor, CLIPImageProcessorPil, LlavaImagePr
 from transformers import PreTrainedTokenizerFast, SiglipImageProcessorPil
 from transformers.image_utils import load_image as their_load_image
 
+from minicot.errors import InputError
 from minicot.images import FORMATS, MAX_PIXELS, ImageProcessor, load_image, to_rgb
 
 SIZES = [(64, 64), (1, 1), (300, 7), (7, 300), (97, 61), (231, 225), (512, 384)]
@@ -48,7 +49,7 @@ def saved(processor, folder):
     return ImageProcessor(folder)
 
 
-def message_of(call, *args, kind=ValueError):
+def message_of(call, *args, kind=InputError):
     with pytest.raises(kind) as caught:
         call(*args)
     assert len(str(caught.value).splitlines()) == 1
@@ -346,7 +347,7 @@ def test_broken_bytes_anywhere_never_raise_anything_but_one_line(tmp_path):
             path.write_bytes(broken[: rng.integers(1, len(whole) + 1)] if rng.random() < 0.3 else broken)
             try:
                 assert load_image(path).mode == "RGB"
-            except ValueError as error:
+            except InputError as error:
                 refused += 1
                 assert len(str(error).splitlines()) == 1 and str(path) in str(error)
     assert refused > 200

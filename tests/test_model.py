@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers
 
+from minicot.families import parse_config
 from minicot.model import KVCache, ModelConfig, Transformer, attend, attention_mask, rope_frequencies
-from minicot.weights import load_model, parse_config
+from minicot.weights import load_model
 
 SIZES = {
     "vocab_size": 97,

@@ -7,6 +7,7 @@ import tokenizers
 import transformers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from minicot.errors import InputError
 from minicot.tokenizer import Tokenizer
 
 TEXTS = [
@@ -53,7 +54,7 @@ def edit(folder, name="tokenizer_config.json", **changes):
 
 
 def refused(folder, *parts):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(InputError) as caught:
         Tokenizer(folder)
     message = str(caught.value)
     assert "\n" not in message
@@ -255,10 +256,76 @@ def test_a_template_file_wins_and_of_named_templates_the_default(tokenizer_folde
 )
 def test_an_absent_broken_or_unsafe_template_is_refused_in_one_line(template, reason, tokenizer_folder):
     tokenizer = Tokenizer(edit(tokenizer_folder, chat_template=template))
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(InputError) as caught:
         tokenizer.chat_prompt(MESSAGES)
     message = str(caught.value)
     assert str(tokenizer_folder) in message and reason in message and "\n" not in message
+
+
+GIVEN = "{{ bos_token }}{% for m in messages %}({{ m.role }}) {{ m.content }}{% endfor %}\r\n# é\n"
+
+
+@pytest.mark.parametrize("own", ["none", "in tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("given", ["plain", "a file"])
+def test_a_given_template_wins_is_saved_and_read_again_as_transformers_reads_it(
+    given, own, tokenizer_folder, tmp_path
+):
+    edit(tokenizer_folder, chat_template="own" if own == "in tokenizer_config.json" else None)
+    if own == "chat_template.jinja":
+        (tokenizer_folder / own).write_text("own")
+    before = {file.name: file.read_bytes() for file in tokenizer_folder.iterdir()}
+    file = tmp_path / "given.jinja"
+    file.write_bytes(GIVEN.encode())
+    tokenizer = Tokenizer(tokenizer_folder, chat_template="plain" if given == "plain" else str(file))
+    messages = MESSAGES[:2]
+    expected = (
+        'Be brief.\n What is 2 < 3 & "4"? é \n'
+        if given == "plain"
+        else '<|im_start|>(system) Be brief.(user)  What is 2 < 3 & "4"? é # é'
+    )
+    tokenizer.save(tmp_path / "copy")
+    for read in (tokenizer, Tokenizer(tmp_path / "copy"), Tokenizer(tmp_path / "copy", chat_template="")):
+        assert read.chat_prompt(messages) == read.chat_prompt(messages, False) == expected
+        assert read.fingerprint == tokenizer.fingerprint
+    assert chats(tmp_path / "copy", messages) == [(expected, expected)] * 2
+    assert tokenizer.fingerprint != Tokenizer(tokenizer_folder).fingerprint
+    assert {file.name: file.read_bytes() for file in tokenizer_folder.iterdir()} == before
+    if given == "a file":
+        assert (tmp_path / "copy" / "chat_template.jinja").read_bytes() == GIVEN.encode()
+
+
+def test_a_base_model_without_a_template_names_the_remedy(tokenizer_folder):
+    tokenizer = Tokenizer(edit(tokenizer_folder, chat_template=None))
+    with pytest.raises(InputError, match=r"no chat_template.jinja.*: --chat-template FILE\|plain$"):
+        tokenizer.chat_prompt(MESSAGES)
+    assert Tokenizer(tokenizer_folder, "plain").chat_prompt([{"role": "user", "content": "Hi"}]) == "Hi\n"
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (None, "no such file; allowed: a file that is there, or plain"),
+        (b"{% for %}", "no jinja template in UTF-8 (Expected an expression"),
+        (b"{{ messages ", "no jinja template in UTF-8 (unexpected end of template"),
+        (b"\xff", "no jinja template in UTF-8 ('utf-8' codec can't decode"),
+    ],
+)
+def test_a_given_template_that_is_missing_or_broken_is_refused_at_once(
+    content, reason, tokenizer_folder, tmp_path
+):
+    file = tmp_path / "given.jinja"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        Tokenizer(tokenizer_folder, str(file))
+    assert str(file) in str(caught.value) and reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_given_template_that_fails_on_messages_is_named(tokenizer_folder, tmp_path):
+    file = tmp_path / "given.jinja"
+    file.write_text("{{ raise_exception('no system role') }}")
+    with pytest.raises(InputError, match="given.jinja: chat template: no system role"):
+        Tokenizer(tokenizer_folder, str(file)).chat_prompt(MESSAGES)
 
 
 # ---- files ----------------------------------------------------

@@ -10,9 +10,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from minicot.errors import InputError
+from minicot.families import FAMILIES, VISION_DEFAULTS, config_to_hf, parse_llava, parse_vision
 from minicot.model import KVCache, Transformer
 from minicot.vision import VisionEncoder, VisionLanguageModel
-from minicot.weights import attach_vision, config_to_hf, load_model, parse_llava, parse_vision, save_model
+from minicot.weights import attach_vision, load_model, save_model
 from tests.test_model import LLAMA3, SIZES, padded, tiny
 from tests.test_weights import edit, edit_tensors, refused
 
@@ -365,8 +367,9 @@ def test_the_features_stand_exactly_where_the_placeholders_are():
 def test_another_number_of_images_than_placeholders_is_an_error_with_both(rows, images, message):
     model = small()
     ids, pad_mask = prompts(model.vlm_config, rows)
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         model(ids, None if images is None else pictures(model.vlm_config, images), pad_mask)
+    assert not isinstance(caught.value, InputError)  # collate makes the placeholders
 
 
 def test_placeholders_that_are_not_whole_runs_are_refused():
@@ -510,13 +513,14 @@ def test_a_config_that_llava_cannot_say_is_not_written(tmp_path):
     model = small("clip")
     vision = replace(model.vlm_config.vision, vision_use_head=True)
     model.vlm_config = replace(model.vlm_config, vision=vision)
-    with pytest.raises(ValueError, match="cannot be written as a llava"):
+    with pytest.raises(ValueError, match="cannot be written as a llava") as caught:
         save_model(model, tmp_path)
+    assert not isinstance(caught.value, InputError)  # no user asked for it
 
 
 # ---- folders in ----------------------------------------------------
 
-# our name -> the name in a file of another age or of LLaVA itself
+# our name -> the name in a file of another age
 NAMINGS = {
     "first": {},
     "without vision_model": {"vision_tower.vision_model.": "vision_tower."},
@@ -532,12 +536,6 @@ NAMINGS = {
         "vision_tower.vision_model.": "model.vision_tower.",
         "multi_modal_projector.": "model.multi_modal_projector.",
     },
-    "LLaVA": {
-        "language_model.": "",
-        "multi_modal_projector.linear_1.": "model.mm_projector.0.",
-        "multi_modal_projector.linear_2.": "model.mm_projector.2.",
-        "vision_tower.": "model.vision_tower.vision_tower.",
-    },
 }
 
 
@@ -551,25 +549,7 @@ def renamed(tensors, naming):
     return {new(name): value for name, value in tensors.items()}
 
 
-def as_llava(folder):
-    """Turn a Llava folder of transformers (CLIP and Llama) into one of LLaVA's own."""
-    model = load_model(folder)
-    save_file(renamed(model.state_dict(), "LLaVA"), folder / "model.safetensors")
-    own = config_to_hf(model.config) | {
-        "model_type": "llava_llama",
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "mm_hidden_size": 32,
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": -2,
-        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
-        "image_aspect_ratio": "pad",
-    }
-    (folder / "config.json").write_text(json.dumps(own))
-    return model
-
-
-@pytest.mark.parametrize("naming", [name for name in NAMINGS if name != "LLaVA"])
+@pytest.mark.parametrize("naming", NAMINGS)
 @torch.no_grad()
 def test_a_folder_in_any_of_transformers_namings_is_the_same_model(pair, naming, tmp_path):
     _, ours, folder = pair
@@ -581,76 +561,6 @@ def test_a_folder_in_any_of_transformers_namings_is_the_same_model(pair, naming,
     for name, tensor in ours.state_dict().items():
         assert torch.equal(tensor, again.pop(name)), name
     assert not again
-
-
-@pytest.mark.parametrize("family", ["llava", "llava_llama"])
-@pytest.mark.parametrize("tower_within", [True, False])
-@torch.no_grad()
-def test_llavas_own_folder_is_the_same_model_once_its_tower_is_given(
-    family, tower_within, folder, tower_folder
-):
-    model = as_llava(folder)
-    assert {
-        "model.mm_projector.0.weight",
-        "model.layers.1.mlp.up_proj.weight",
-        "lm_head.weight",
-        "model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight",
-    } <= load_file(folder / "model.safetensors").keys()
-    edit(folder / "config.json", lambda config: config.update(model_type=family))
-    vision = tower_folder / "config.json"
-    if not tower_within:  # as where the tower was frozen in training
-        vision = tower_folder
-        edit_tensors(
-            folder / "model.safetensors",
-            lambda tensors: [tensors.pop(name) for name in list(tensors) if "vision_tower" in name],
-        )
-        tower = load_file(vision / "model.safetensors")
-        model.vision_tower.load_state_dict({f"vision_model.{name}": value for name, value in tower.items()})
-    own = load_model(folder, vision=vision)
-    assert own.vlm_config == replace(model.vlm_config, image_token_id=-200)
-    ids, pad_mask = prompts(model.vlm_config, MIXED)
-    pixels = pictures(model.vlm_config, 5)
-    logits = own(ids.masked_fill(ids == IMAGE, -200), pixels, pad_mask)
-    assert torch.equal(logits, model(ids, pixels, pad_mask))
-    edit(folder / "config.json", lambda config: config.update(mm_vision_select_feature="cls_patch"))
-    assert load_model(folder, vision=vision).vlm_config.image_seq_length == 10
-
-
-def test_llavas_own_folder_says_what_is_missing_and_what_it_does_not_fit(folder, tower_folder, tmp_path):
-    as_llava(folder)
-    refused(folder, "config.json", "mm_vision_tower 'openai/clip-vit-large-patch14-336'", "vision=PATH")
-    for field, value in (
-        ("mm_projector_type", "linear"),
-        ("mm_projector_type", None),
-        ("s2", True),
-        ("mm_patch_merge_type", "spatial_unpad"),
-        ("image_aspect_ratio", "anyres"),
-        ("mm_vision_select_feature", "cls"),
-        ("mm_vision_select_layer", -5),
-        ("mm_hidden_size", 1024),
-        ("hidden_act", "gelu"),
-        ("rms_norm_eps", None),
-    ):
-        own = json.loads((folder / "config.json").read_text())
-        shutil.copytree(folder, tmp_path / "changed", dirs_exist_ok=True)
-        (tmp_path / "changed" / "config.json").write_text(json.dumps(own | {field: value}))
-        with pytest.raises(ValueError, match=f"config.json.*: .*{field}.*{value!r}"):
-            load_model(tmp_path / "changed", vision=tower_folder)
-    edit_tensors(
-        folder / "model.safetensors", lambda tensors: tensors.update({"model.image_newline": torch.zeros(48)})
-    )
-    with pytest.raises(ValueError, match="extra tensors: language_model.model.image_newline"):
-        load_model(folder, vision=tower_folder)
-    tower_oracle("siglip").save_pretrained(tmp_path / "siglip")
-    with pytest.raises(ValueError, match="siglip_vision_model"):
-        load_model(folder, vision=tmp_path / "siglip")
-
-
-def test_vision_is_refused_where_the_folder_needs_none(folder, tower_folder, tmp_path):
-    save_model(tiny(), tmp_path / "text")
-    for path in (folder, tmp_path / "text"):
-        with pytest.raises(ValueError, match="vision=.*tower is given, but this is not LLaVA's own"):
-            load_model(path, vision=tower_folder)
 
 
 def test_a_config_file_means_random_weights_from_the_seed(folder):
@@ -702,8 +612,12 @@ def test_loaded_weights_are_trainable_but_for_those_behind_the_feature(folder):
             ("pre_layrnorm.bias", "not finite"),
         ),
         (
-            lambda tensors: tensors.update({"model.mm_projector.0.bias": torch.zeros(48)}),
+            lambda tensors: tensors.update({"model.multi_modal_projector.linear_1.bias": torch.zeros(48)}),
             ("there twice", "multi_modal_projector.linear_1.bias"),
+        ),
+        (
+            lambda tensors: tensors.update({"model.image_newline": torch.zeros(48)}),
+            ("extra tensors: model.image_newline",),
         ),
         (
             lambda tensors: tensors.update({"vision_tower.pre_layrnorm.bias": torch.zeros(32).half()}),
@@ -734,12 +648,10 @@ def test_a_tied_head_may_be_stored_but_not_differ(tmp_path):
 
 
 def test_the_defaults_of_sub_configs_are_those_of_transformers_classes():
-    from minicot.weights import TEXT_DEFAULTS, VISION_DEFAULTS
-
-    assert list(TEXT_DEFAULTS) == ["llama", "mistral", "qwen2", "qwen3"]
-    for family, table in TEXT_DEFAULTS.items():
-        default = transformers.AutoConfig.for_model(family).to_dict()
-        assert {name: default[name] for name in table} == table
+    assert list(FAMILIES) == ["llama", "mistral", "qwen2", "qwen3"]
+    for name, family in FAMILIES.items():
+        default, table = transformers.AutoConfig.for_model(name).to_dict(), family.class_defaults
+        assert {field: default[field] for field in table} == table
     for family, table in VISION_DEFAULTS.items():
         default = transformers.AutoConfig.for_model(family).to_dict()
         for name, value in table.items():  # SigLIP's class has no such range
@@ -898,8 +810,8 @@ def test_a_config_that_vision_py_does_not_compute_is_refused_by_field(sub, field
 
     edit(folder / "config.json", change)
     named = "image_token_index" if field == "image_token_id" else field
-    said = "" if value == "<absent>" else repr(value)
-    refused(folder, f"config.json{', ' + sub if sub else ''}: ", named, said)
+    shown = "" if value == "<absent>" else repr(value)
+    refused(folder, f"config.json{', ' + sub if sub else ''}: ", named, shown)
 
 
 def test_mistral_in_a_llava_folder_must_say_that_it_has_no_window(tmp_path):
@@ -952,9 +864,9 @@ def test_attach_vision_takes_tower_and_projector_of_a_llava_folder(tower_folder,
     save_model(other, tmp_path / "llava")
     text = tiny()
     words = {name: value.clone() for name, value in text.state_dict().items()}
-    found = attach_vision(text, tmp_path / "llava", image_token_id=IMAGE)
+    model = attach_vision(text, tmp_path / "llava", image_token_id=IMAGE)
     theirs = other.state_dict()
-    for name, value in found.state_dict().items():
+    for name, value in model.state_dict().items():
         own = name.startswith("language_model.")
         assert torch.equal(value, words[name.removeprefix("language_model.")] if own else theirs[name]), name
     edit(
@@ -963,15 +875,18 @@ def test_attach_vision_takes_tower_and_projector_of_a_llava_folder(tower_folder,
             projector_hidden_act="gelu_pytorch_tanh", vision_feature_select_strategy="full"
         ),
     )
-    kept = attach_vision(tiny(), tmp_path / "llava", image_token_id=IMAGE).vlm_config
-    assert (kept.projector_hidden_act, kept.vision_feature_select_strategy) == ("gelu_pytorch_tanh", "full")
-    with pytest.raises(ValueError, match="reads hidden state -2 .*feature_layer is -1"):
+    config = attach_vision(tiny(), tmp_path / "llava", image_token_id=IMAGE).vlm_config
+    assert (config.projector_hidden_act, config.vision_feature_select_strategy) == (
+        "gelu_pytorch_tanh",
+        "full",
+    )
+    with pytest.raises(InputError, match="reads hidden state -2 .*feature_layer is -1"):
         attach_vision(tiny(), tmp_path / "llava", image_token_id=IMAGE, feature_layer=-1)
     edit_tensors(
         tmp_path / "llava" / "model.safetensors",
         lambda tensors: [tensors.pop(name) for name in list(tensors) if "projector.linear_2.bias" in name],
     )
-    with pytest.raises(ValueError, match="missing tensors: .*projector.linear_2.bias"):
+    with pytest.raises(InputError, match="missing tensors: .*projector.linear_2.bias"):
         attach_vision(tiny(), tmp_path / "llava", image_token_id=IMAGE)
 
 
@@ -986,21 +901,21 @@ def test_attach_vision_follows_the_text_models_dtype_and_leaves_it_alone(tower_f
 
 def test_attach_vision_refuses_what_it_cannot_attach(tower_folder, tmp_path):
     for token in (-1, 97, -200):
-        with pytest.raises(ValueError, match=f"image_token_id {token} .*allowed are 0 to 96"):
+        with pytest.raises(InputError, match=f"image_token_id {token} .*allowed are 0 to 96"):
             attach_vision(tiny(), tower_folder, image_token_id=token)
-    with pytest.raises(ValueError, match="vision_feature_layer .*-5; allowed is one integer from -4 to 3"):
+    with pytest.raises(InputError, match="vision_feature_layer .*-5; allowed is one integer from -4 to 3"):
         attach_vision(tiny(), tower_folder, image_token_id=IMAGE, feature_layer=-5)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         attach_vision(tiny(), tmp_path / "nowhere", image_token_id=IMAGE)
     save_model(tiny(), tmp_path / "text")
-    with pytest.raises(ValueError, match="model_type 'llama'; known are clip_vision_model, siglip"):
+    with pytest.raises(InputError, match="model_type 'llama'; known are clip_vision_model, siglip"):
         attach_vision(tiny(), tmp_path / "text", image_token_id=IMAGE)
     edit(tower_folder / "config.json", lambda config: config.update(model_type="clip", vision_config=None))
-    with pytest.raises(ValueError, match="config.json, vision_config None is not an object"):
+    with pytest.raises(InputError, match="config.json, vision_config None is not an object"):
         attach_vision(tiny(), tower_folder, image_token_id=IMAGE)
     tower_oracle("siglip").save_pretrained(tmp_path / "siglip")
     edit(tmp_path / "siglip" / "config.json", lambda config: config.update(vision_use_head=False))
-    with pytest.raises(ValueError, match="extra tensors: vision_model.head"):
+    with pytest.raises(InputError, match="extra tensors: vision_model.head"):
         attach_vision(tiny(), tmp_path / "siglip", image_token_id=IMAGE)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 from dataclasses import replace
 
@@ -12,9 +13,12 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minicot.model import KVCache, Llama3Rope
+from minicot import families
+from minicot.errors import InputError
+from minicot.families import config_to_hf, parse_config
+from minicot.model import KVCache, Llama3Rope, Transformer
 from minicot.tokenizer import Tokenizer
-from minicot.weights import config_to_hf, load_model, parse_config, save_model
+from minicot.weights import attach_vision, load_model, save_model
 from tests.test_model import FAMILIES, LLAMA3, SIZES, oracle, random_ids, tiny
 
 LLAMA = SIZES | {"model_type": "llama", "hidden_act": "silu"}
@@ -36,7 +40,7 @@ def sharded(tmp_path):
     return tmp_path / "sharded"
 
 
-def refused(path, *parts, error=ValueError):
+def refused(path, *parts, error=InputError):
     """load_model refuses with one line that holds all parts."""
     with pytest.raises(error) as caught:
         load_model(path)
@@ -123,6 +127,24 @@ def test_saving_that_fails_leaves_the_old_model_whole(folder, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         save_model(tiny(), folder)
     assert (folder / "model.safetensors").read_bytes() == before
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("limit", [50_000, 500_000])
+def test_a_disk_that_is_full_is_one_line_and_the_old_model_stays(limit, folder):
+    """The system writes no file beyond the limit: it cuts the weights, or only the config (many eos ids)."""
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    model = tiny(eos_token_id=tuple(range(60_000)))
+    assert 50_000 < len(before["model.safetensors"]) < 500_000
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError) as caught:
+            save_model(model, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_saving_into_a_sharded_folder_replaces_its_model(sharded):
@@ -205,7 +227,7 @@ def test_values_that_are_not_finite_are_refused_by_tensor(folder, value):
 
 def test_float16_that_overflows_is_refused(folder):
     edit_tensors(folder / "model.safetensors", lambda tensors: tensors[NAME].view(-1)[17].fill_(1e6))
-    with pytest.raises(ValueError, match="not finite as torch.float16"):
+    with pytest.raises(InputError, match="not finite as torch.float16"):
         load_model(folder, dtype=torch.float16)
 
 
@@ -287,7 +309,7 @@ def test_published_defaults_are_the_only_ones():
     for family, name in needed:
         config = LLAMA | {"model_type": family, "head_dim": 12, "sliding_window": None}
         del config[name]
-        with pytest.raises(ValueError, match=f"here: {name} is absent"):
+        with pytest.raises(InputError, match=f"here: {name} is absent"):
             parse_config(config, "here")
 
 
@@ -319,7 +341,9 @@ def test_published_defaults_are_the_only_ones():
         ("llama", "eos_token_id", "</s>"),
         ("llama", "eos_token_id", [2, "x"]),
         ("llama", "tie_word_embeddings", 1),
-        ("mistral", "sliding_window", 4096),
+        ("mistral", "sliding_window", 0),
+        ("mistral", "sliding_window", "4096"),
+        ("mistral", "mlp_bias", True),
         ("mistral", "attention_bias", True),
         ("qwen2", "use_sliding_window", True),
         ("qwen2", "layer_types", ["full_attention", "sliding_attention"]),
@@ -333,7 +357,7 @@ def test_a_config_that_model_py_does_not_compute_is_refused_by_field(family, fie
     if family == "qwen3":
         config["head_dim"] = 12
     parse_config(config, "here")
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(InputError) as caught:
         parse_config(config | {field: value}, "folder/config.json")
     message = str(caught.value)
     assert message.startswith("folder/config.json: ") and "\n" not in message
@@ -349,9 +373,9 @@ def test_both_spellings_of_rope_say_the_same_and_contradictions_are_refused():
     assert new.rope_scaling == Llama3Rope(8.0, 1.0, 4.0, 32)
     plain = parse_config(LLAMA | {"rope_theta": 5.0, "rope_scaling": {"type": "default"}}, "here")
     assert (plain.rope_theta, plain.rope_scaling) == (5.0, None)
-    with pytest.raises(ValueError, match="given twice"):
+    with pytest.raises(InputError, match="given twice"):
         parse_config(LLAMA | {"rope_parameters": LLAMA3, "rope_theta": 10_000}, "here")
-    with pytest.raises(ValueError, match="disagree"):
+    with pytest.raises(InputError, match="disagree"):
         parse_config(LLAMA | {"rope_parameters": LLAMA3, "rope_scaling": scaling}, "here")
 
 
@@ -360,8 +384,115 @@ def test_a_config_that_its_family_cannot_say_is_not_written():
     assert parse_config(config_to_hf(config), "here") == config
     several = replace(config, eos_token_id=(2, 5))
     assert config_to_hf(several)["eos_token_id"] == [2, 5]
-    with pytest.raises(ValueError, match="cannot be written as a llama"):
+    with pytest.raises(ValueError, match="cannot be written as a llama") as caught:
         config_to_hf(replace(config, qkv_bias=True))
+    assert not isinstance(caught.value, InputError)  # no user asked for it
+
+
+# ---- families ----------------------------------------------------
+
+
+@pytest.mark.parametrize("context", [24, 12])
+@torch.no_grad()
+def test_a_window_caps_the_context_where_it_equals_full_attention(context, tmp_path):
+    """Up to the window logits are transformers'; one token further on they would not be, so it ends there."""
+    theirs = oracle("mistral", sliding_window=16, max_position_embeddings=context)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_model(tmp_path / "theirs")
+    assert ours.config.max_position_embeddings == min(context, 16)
+    save_model(ours, tmp_path / "ours")
+    saved = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert (saved["max_position_embeddings"], saved["sliding_window"]) == (min(context, 16), None)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    for length in (1, 9, ours.config.max_position_embeddings):
+        ids = random_ids(2, length)
+        assert (ours(ids) - theirs(ids).logits).abs().max() <= 1e-5
+        assert (ours(ids) - again(ids).logits).abs().max() <= 1e-5
+    ids = random_ids(2, 17)
+    difference = (ours(ids) - theirs(ids).logits).abs().amax((0, 2))
+    assert difference[:16].max() <= 1e-5 < 1e-3 < difference[16]
+    assert load_model(tmp_path / "ours").config == ours.config
+
+
+@pytest.mark.parametrize("name, kind", [("qk_norm", "q_norm"), ("o_bias", "o_proj.bias")])
+@torch.no_grad()
+def test_a_family_that_is_llama_but_for_one_flag_is_one_row(name, kind, monkeypatch, tmp_path):
+    """Every weight random; saved, loaded and computed with no other line changed."""
+    row = replace(families.FAMILIES["llama"], architecture="MadeUpForCausalLM", **{name: True})
+    monkeypatch.setitem(families.FAMILIES, "made-up", row)
+    model = tiny(model_type="made-up", **{name: True})
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    save_model(model, tmp_path)
+    again = load_model(tmp_path)
+    assert again.config == model.config and any(kind in name for name in again.state_dict())
+    assert torch.equal(again(random_ids(2, 9)), model(random_ids(2, 9)))
+    assert not torch.equal(again(random_ids(2, 9)), tiny()(random_ids(2, 9)))
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (saved["model_type"], saved["architectures"]) == ("made-up", ["MadeUpForCausalLM"])
+    assert (saved["attention_bias"], saved["mlp_bias"]) == (False, False)  # Llama's own fields
+    edit(tmp_path / "config.json", lambda config: config.update(mlp_bias=True))
+    assert load_model(tmp_path / "config.json").config.mlp_bias
+    edit(tmp_path / "config.json", lambda config: config.update(model_type="llama"))
+    refused(tmp_path, kind)
+
+
+def test_a_bias_that_a_row_fixes_cannot_be_asked_for_otherwise(monkeypatch):
+    row = replace(families.FAMILIES["llama"], mlp_bias=True)
+    monkeypatch.setitem(families.FAMILIES, "made-up", row)
+    config = LLAMA | {"model_type": "made-up"}
+    assert (
+        parse_config(config, "here").mlp_bias and parse_config(config | {"mlp_bias": True}, "here").mlp_bias
+    )
+    with pytest.raises(InputError, match="here: mlp_bias False; for made-up only True is known"):
+        parse_config(config | {"mlp_bias": False}, "here")
+
+
+# ---- other heads ----------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["TokenClassification", "SequenceClassification"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_a_reward_model_is_not_taken_for_a_language_model_but_refused_by_name(family, kind, tmp_path):
+    """By its architecture; where that is missing or wrong, by its tensors."""
+    config = getattr(transformers, f"{family}Config")(**SIZES | {"num_labels": 1})
+    getattr(transformers, f"{family}For{kind}")(config).save_pretrained(tmp_path)
+    reason = "is a reward model (architectures is ['{}']); allowed: a language model".format(
+        f"{family}For{kind}"
+    )
+    refused(tmp_path, str(tmp_path), reason)
+    refused(tmp_path / "config.json", reason)
+    for architectures in (None, [f"{family}ForCausalLM"]):
+        edit(tmp_path / "config.json", lambda config: config.update(architectures=architectures))
+        refused(tmp_path, "is a reward model (tensor score.", "and no lm_head)")
+    assert isinstance(load_model(tmp_path / "config.json"), Transformer)
+
+
+@pytest.mark.parametrize("name", ["Qwen2ForProcessRewardModel", "Qwen2ForRewardModel"])
+def test_the_names_that_qwens_reward_models_give_themselves_are_known(name, folder):
+    edit(folder / "config.json", lambda config: config.update(architectures=[name]))
+    refused(folder, name, "is a reward model")
+
+
+def test_a_language_model_with_a_score_besides_is_neither(folder):
+    edit_tensors(
+        folder / "model.safetensors", lambda tensors: tensors.update({"score.weight": torch.ones(1, 48)})
+    )
+    refused(folder, "extra tensors: score.weight")
+
+
+def test_llavas_own_layout_is_refused_with_the_name_of_the_converted_one(folder):
+    for family in ("llava_llama", "llava", "llava_qwen"):
+        edit(
+            folder / "config.json",
+            lambda config: config.update(
+                model_type=family, mm_vision_tower="openai/clip-vit-large-patch14-336"
+            ),
+        )
+        for path in (folder, folder / "config.json"):
+            refused(path, "config.json: has a mm_vision_tower", "llava-hf/llava-1.5-7b-hf")
+    with pytest.raises(InputError, match="config.json: has a mm_vision_tower.*llava-hf/llava-1.5-7b-hf"):
+        attach_vision(tiny(), folder, image_token_id=5)
 
 
 # ---- real weights ----------------------------------------------------
