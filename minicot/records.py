@@ -49,6 +49,8 @@ class Response:
     answer: str | None = None
     step_labels: list | None = None
     scores: dict | None = None
+    tokens: list | None = None  # the scored tokens as texts
+    token_scores: dict | None = None  # name -> a number for each of `tokens`
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,17 @@ RESPONSE_FIELDS = {
     "answer": TEXT,
     "step_labels": LIST,
     "scores": (dict,),
+    "tokens": LIST,
+    "token_scores": (dict,),
 }
-ITEM_TYPES = {"steps": TEXT, "choices": TEXT, "image": TEXT, "ids": (int,), "step_labels": BOOL + (int,)}
+ITEM_TYPES = {
+    "steps": TEXT,
+    "choices": TEXT,
+    "image": TEXT,
+    "ids": (int,),
+    "tokens": TEXT,
+    "step_labels": BOOL + (int,),
+}
 
 
 def typed(row, fields, where):

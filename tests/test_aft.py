@@ -18,7 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from minicot import plots
+from minicot.data import pairs
 from minicot.losses import aft_loss, better_than, dpo_loss, sequence_logps, sft_loss
+from minicot.recipes import aft as recipe
+from minicot.recipes.tables import pack
+from minicot.records import Problem, Response, Samples, read_samples, samples_to_row
+from minicot.training import write_jsonl
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses_golden.json").read_text())
 FORMS = [("plain", "none"), ("dc", "detached"), ("bc_T_detached", "boundary")]
@@ -214,3 +220,73 @@ def test_all_pairs_share_one_logarithm():
     scores = leaf([[-1.0, -1.0, 5.0]])
     slope = grad(aft_loss(scores, two_levels(1, 2), constraint="none"), scores)[0][0]
     assert slope[1] < 0.003 and slope[2] > 0.99
+
+
+# -------------------------------------------------- the recipe
+
+
+def test_the_recipe_declares_the_papers_methods_and_its_claims_name_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe.E.__init__("aft", recipe.TITLE, recipe.SIZES, recipe.FAST, elsewhere=recipe.SLICE)
+    recipe.E.parse([])
+    recipe.declare(recipe.E)
+    recipe.E.check(recipe.CLAIMS)
+    models = {model.name: model for model in recipe.E.models}
+    assert {"vft", "rft", "dpo-none", "rrhf-boundary", "pro-detached", "rank-aft-none"} <= models.keys()
+    aligned = [model for name, model in models.items() if name != "vft" and model.grid]
+    assert {tuple(model.grid["lr"]) for model in aligned} == {recipe.SIZES["lrs"]}  # the same grid for all
+    same = {(m.flags["init"], m.flags["epochs"], m.flags["batch_size"]) for m in aligned}
+    assert len(same) == 1  # and the same work
+    recipe.E.chosen = {"aft-boundary": {"lr": 1.0}, "aft-none": {"lr": 2.0}}
+    assert recipe.E.setting(models["aft-none@twin"]) == {"lr": 1.0}
+
+
+def test_right_wrong_feedback_leaves_the_grades_out_and_k_keeps_the_first(tmp_path):
+    responses = [Response(f"#### {i}", bool(i), reward=i / 4) for i in range(4)]
+    write_jsonl(tmp_path / "graded", [samples_to_row(Samples(Problem("p", "q", "1"), responses))])
+    recipe.without_grades(tmp_path / "plain", tmp_path / "graded", seed=0)
+    [plain] = read_samples(tmp_path / "plain")
+    assert [one.reward for one in plain.responses] == [None] * 4
+    assert [one.correct for one in plain.responses] == [False, True, True, True]
+    recipe.first_responses(tmp_path / "few", tmp_path / "plain", 2, seed=0)
+    [few] = read_samples(tmp_path / "few")
+    assert few.responses == plain.responses[:2]
+
+
+def test_on_a_real_set_dpo_may_choose_the_written_solution(tmp_path):
+    """Where no sample is right, right and wrong still meet: the solution among them, the window met."""
+    problem = Problem("1", "What is 2 + 2?", answer="4", solution="2 + 2 = 4\n#### 4")
+    wrong = Samples(problem, [Response(text, correct=False) for text in ("#### 5", "#### 3")])
+    with pytest.raises(ValueError):
+        pairs([wrong], window=(0.001, 0.999), seed=0)
+    write_jsonl(tmp_path / "samples", [samples_to_row(wrong)])
+    recipe.with_reference(tmp_path / "referenced", tmp_path / "samples", seed=0)
+    found = pairs(read_samples(tmp_path / "referenced"), window=(0.001, 0.999), seed=0)
+    texts = sorted([one.text for one in pair.responses] for pair in found)
+    assert texts == [[problem.solution, "#### 3"], [problem.solution, "#### 5"]]
+
+
+def test_the_figures_are_drawn_from_the_results_alone(tmp_path):
+    cells = [
+        {"name": name, "seed": 0, "settings": {}, "metrics": {}, "lists": {"accuracy": pack(bits)}}
+        for name, bits in (("vft", [0, 1] * 20), ("rft", [1, 1] * 20))
+    ]
+    line = {"score_right": [[1, -0.3], [2, -0.2]], "score_wrong": [[1, -0.5], [2, -2.0]]}
+    scores = {"vft": [[-0.2, -0.3], [-0.4] * 5], "aft-boundary": [[-0.1], [-0.5, -2.0]]}
+    shown = {"training": dict.fromkeys(recipe.SHOWN, line), "scores": scores}
+    recipe.draw({"cells": cells, "extra": shown}, tmp_path / "aft")
+    sizes = [file.stat().st_size for file in tmp_path.glob("aft_*.svg")]
+    assert len(sizes) == 3 and min(sizes) > 2000
+
+
+def test_a_logs_running_means_are_short_and_leave_out_what_is_missing(tmp_path):
+    values = [None if step == 2 else float(step) for step in range(1, 201)]
+    write_jsonl(tmp_path / "log", [{"step": i, "score": v} for i, v in enumerate(values, 1)])
+    smoothed = plots.smooth(tmp_path / "log", ["score"], window=1, points=50)["score"]
+    assert smoothed[0] == [1, 1.0] and 50 <= len(smoothed) <= 70
+    assert [step for step, _ in smoothed][:3] == [1, 5, 8] and smoothed[1][1] == (4 + 5) / 2
+
+
+def test_assessed_scores_are_split_by_correctness():
+    found = {"scores": [[-0.1, -0.2], [-0.3]], "correct": [[True, False], [None]]}
+    assert recipe.right_and_wrong(found) == [[-0.1], [-0.2]]

@@ -316,7 +316,7 @@ def test_tables_have_a_row_a_model_a_claim_and_a_way(capsys):
     columns = {"model": {**heads, "paper": {"better": "40.4"}}}
     lines = tables(results(), columns, [("choosing", "base", ("vote",), (2, 4))])
     [row] = [line for line in lines if line.startswith("| better |")]
-    assert re.fullmatch(r"\| better \| 5\d\.\d% \| \+1?\d\.\d% \[\+.*%, \+.*%\] \|  \| 40.4 \|", row)
+    assert re.fullmatch(r"\| better \| [56]\d\.\d% \| \+1?\d\.\d% \[\+.*%, \+.*%\] \|  \| 40.4 \|", row)
     assert "| vote | 50.0% | 75.0% |" in lines and lines[-2] == "A note."
     assert sum(line.startswith("| up. ten points more |") for line in lines) == 1
 
@@ -359,7 +359,7 @@ RECIPES = {"aft": aft, "aft_4000": aft, "llava_reasoner": llava_reasoner}
 
 def test_every_results_file_has_a_recipe_and_a_page():
     assert {file.stem for file in RESULTS.glob("*.json")} == RECIPES.keys()
-    assert {file.stem for file in RESULTS.glob("*.md")} == RECIPES.keys()
+    assert {file.stem for file in RESULTS.glob("*.md")} == RECIPES.keys() | {"real"}
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -7,22 +7,21 @@ L = -log sigmoid( beta [ (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi
 verifier:    r(y) = log pi(y) - log pi_ref(y)
 """
 
-import argparse
-import dataclasses
-import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from minicot.answers import extract_answer, is_correct
 from minicot.data import make_groups, truncate_words
-from minicot.records import Problem, Response, Samples, samples_to_row
 from minicot.recipes import llava_diagnose as diagnose
 from minicot.recipes import llava_reasoner as recipe
-from minicot.recipes.cells import pack_pairs, to_hex
+from minicot.recipes.tables import judge_all, markdown, pack, tables
+from minicot.records import Problem, Response, Samples, read_jsonl, samples_to_row
 from minicot.tokenizer import Tokenizer
-from minicot.toy import pictures
+from minicot.toy import pictures, teacher
 from minicot.training import resolve, write_jsonl
+from minicot.verifier import step_sums
 
 TOKENIZER = Tokenizer(resolve("toy"))
 
@@ -55,13 +54,26 @@ def test_cut_pairs_train_the_first_words_alone():
     assert trained == ["Tom has 3", "Tom has 4."]
 
 
+def taught(problems, error_rate):
+    size = SimpleNamespace(taught=problems, error_rate=error_rate)
+    return recipe.teach(SimpleNamespace(data="toy-pictures", train="train", toy=True, size=size))
+
+
 def test_the_filter_lets_through_only_chains_that_reach_the_gold_answer():
-    kept, counts = recipe.distill(dataclasses.replace(recipe.Sizes(), taught=300, error_rate=0.5))
+    kept, counts = taught(300, 0.5)
     answers = {row["id"]: row["answer"] for row in pictures.rows("train", 300)}
-    assert all(is_correct(extract_answer(row["solution"], "hash"), answers[row["id"]]) for row in kept)
+    assert all(is_correct(extract_answer(one.solution, "hash"), answers[one.id]) for one in kept)
     assert counts["right"][1] == 0 and counts["label"][0] == 0
     dropped = sum(drop for _, drop in counts.values())
     assert 300 * 0.25 < dropped < 300 * 0.55  # it really rejects, though not every mistake
+
+
+def test_data_that_is_not_the_built_in_world_brings_its_own_chains(tmp_path):
+    rows = [{"question": "1 + 1?", "answer": "2", "solution": text} for text in ("#### 2", "#### 3")]
+    write_jsonl(tmp_path / "own.jsonl", [*rows, {"question": "2 + 2?", "answer": "4"}])
+    own = SimpleNamespace(data=str(tmp_path / "own.jsonl"), train="train", toy=False)
+    kept, counts = recipe.teach(SimpleNamespace(**vars(own), size=SimpleNamespace(taught=3)))
+    assert [problem.solution for problem in kept] == ["#### 2"] and counts == {"own": [1, 2]}
 
 
 def results():
@@ -74,46 +86,20 @@ def results():
         "dpo": (0.3, 0.4),
         "blind": (0.1, 0.1),
     }
+    ways = {"majority@32": [0, 1] * 50, "best@32": [1] * 100, "vote@32": [0, 1] * 50}
     cells = []
     for model, both in shares.items():
-        for mode, share in zip(recipe.MODES, both):
-            bits = [int(i < 400 * share) for i in range(400)]
-            cells += [
-                {
-                    "name": f"{model}@{mode}",
-                    "seed": seed,
-                    "settings": {"lr": None},
-                    "correct": to_hex(bits),
-                    "metrics": {"missing_answers": 0.0},
-                }
-                for seed in range(3)
-            ]
-    cells += [
-        {
-            "name": f"{model}@sampled",
-            "seed": seed,
-            "settings": {"lr": None},
-            "right": pack_pairs([[right, 8]] * 50),
-        }
-        for model, right in (("both", 4), ("dpo", 6))
-        for seed in range(3)
-    ]
-    ways = {"majority": [0.0, 1.0] * 50, "best": [1.0] * 100, "vote": [0.0, 1.0] * 50, "pass": [1.0] * 100}
-    found = {"cells": cells, "curves": [{"1": ways, "32": ways}] * 3}
-    return {**found, "claims": recipe.judge_all(found), "blame": [[0.5, 0.45, 0.55]] * 3}
-
-
-def test_a_line_break_counts_to_the_step_that_it_ends():
-    tokens, ratios = ["Tom", " has", " 3", ".", "\n", "Ana", ".\n", "####"], [1, 1, 1, 1, 10, 100, 200, 5000]
-    assert recipe.step_sums(tokens, ratios) == [14, 300, 5000]
-
-
-def test_blame_asks_whether_the_lowest_step_is_the_first_wrong_one():
-    chains = [
-        (["a", "\n", "b", "\n", "c"], [0.0, 0.1, -2.0, 0.0, -1.0], 3, 1),
-        (["a", "\n", "b"], [-1.0, 0.0, 0.5], 2, 1),
-    ]
-    assert recipe.blame(chains) == ([1.0, 0.0], [1 / 3, 1 / 2])
+        lists = {mode: [int(i < 400 * share) for i in range(400)] for mode, share in zip(recipe.MODES, both)}
+        lists |= {"both": {"sampled": [[4, 8]] * 50}, "dpo": {"sampled": [[6, 8]] * 50, **ways}}.get(
+            model, {}
+        )
+        means = {name: 0.75 if name == "sampled" else sum(v) / len(v) for name, v in lists.items()}
+        means |= {"cot_missing": 0.0}
+        packed = {name: pack(values) for name, values in lists.items()}
+        row = {"name": model, "settings": {}, "metrics": means, "lists": packed}
+        cells += [{**row, "seed": seed} for seed in range(3)]
+    found = {"cells": cells, "grid": [], "extra": {}}
+    return {**found, "claims": judge_all(found, recipe.CLAIMS)}
 
 
 def test_claims_are_judged_by_what_their_names_stand_for():
@@ -127,47 +113,21 @@ def test_claims_are_judged_by_what_their_names_stand_for():
 
 
 def test_the_table_shows_each_model_each_way_and_each_claim():
-    lines = recipe.table(results()).splitlines()
+    lines = tables(results(), recipe.COLUMNS, recipe.PIVOTS)
     assert sum(line.startswith("| cot | 30.0% | 40.0% |") for line in lines) == 1
     assert any(line.startswith("| dpo | 30.0% | 40.0% | +0.0% [+0.0%, +0.0%] | 75.0% |") for line in lines)
-    assert sum(line.startswith("| best | 100.0% |") for line in lines) == 1
+    assert sum(line.startswith("| best |  |  |  |  |  | 100.0% |") for line in lines) == 1
     assert sum(line.startswith("| a1. ") for line in lines) == 1
 
 
 def test_figures_are_drawn(tmp_path):
-    from minicot import plots
-
-    plots.best_of_n(results()["curves"], tmp_path / "curves.svg")
-    plots.log_ratios_along([("Tom", 0.5), (" has", -1.0)], tmp_path / "chain.svg")
-    assert all((tmp_path / name).stat().st_size > 1000 for name in ("curves.svg", "chain.svg"))
-
-
-WAYS = ("majority", "best", "vote", "cut best", "cut vote")
-
-
-def test_every_claim_names_cells_that_the_recipe_makes():
-    models = {*recipe.MIXES, *recipe.METHODS, "blind"}
-    for claim in recipe.CLAIMS:
-        for name in filter(None, (claim["ours"], claim["other"])):
-            assert name.split("@")[0] in models or name.split(":")[0] in WAYS
-
-
-def test_committed_results_hold_what_they_claim():
-    path = recipe.RESULTS / "llava_reasoner.json"
-    if not path.is_file():
-        pytest.skip("no results are committed")
-    found = json.loads(path.read_text())
-    assert recipe.judge_all(found) == found["claims"] and "--fast" not in found["command"]
-    assert found["world"] == recipe.world() and path.stat().st_size <= 200_000
-
-
-def test_kept_curves_have_each_problem_at_the_largest_n_and_the_same_means_elsewhere():
-    kept = recipe.slim({1: {"best": [0.0, 0.5]}, 32: {"best": [1.0, 0.25]}})
-    assert kept == {"1": {"best": [0.25]}, "32": {"best": [1.0, 0.25]}}
+    chain = {"tokens": ["Tom", " has"], "ratios": [0.5, -1.0], "wrong": 0}
+    recipe.draw({**results(), "extra": {"chain": chain}}, tmp_path / "x")
+    assert all((tmp_path / f"x_{name}.svg").stat().st_size > 1000 for name in ("verifier", "chain"))
 
 
 def test_every_mix_holds_the_format_rows_and_its_own():
-    kept, _ = recipe.distill(dataclasses.replace(recipe.Sizes(), taught=40))
+    kept, _ = taught(40, 0.25)
     rows = {name: recipe.mix_rows(name, kept, 5) for name in recipe.MIXES}
     ids = {name: [row["id"] for row in mix] for name, mix in rows.items()}
     assert len(ids["format"]) == 10 and set(ids["format"]) == set(ids["direct"]) & set(ids["cot"])
@@ -177,6 +137,22 @@ def test_every_mix_holds_the_format_rows_and_its_own():
     for row in rows["both"]:
         bare = row["question"].endswith("Answer briefly.")
         assert row["solution"].isdigit() == bare == row["id"].endswith("/direct")
+
+
+def test_own_and_other_pairs_are_as_many_and_numbered(tmp_path):
+    problem = lambda i: Problem(f"p{i}", f"{i}?", answer="1")
+    draw = lambda n: [
+        Samples(problem(i), [Response(f"{j} #### {j % 2}", bool(j % 2)) for j in range(4)]) for i in range(n)
+    ]
+    for name, n in (("own", 3), ("other", 2)):
+        write_jsonl(tmp_path / name, map(samples_to_row, draw(n)))
+    made = []
+    for which in ("own", "other"):
+        recipe.as_many_pairs(tmp_path / "out", tmp_path / "own", tmp_path / "other", which, seed=0)
+        made.append([row for _, row in read_jsonl(tmp_path / "out")])
+    assert [len(rows) for rows in made] == [6, 6]  # 3 a question, as many as the smaller side has
+    assert {row["id"].split("/")[0] for row in made[1]} == {"p0", "p1"}
+    assert all(row["responses"][0]["correct"] and not row["responses"][1]["correct"] for row in made[0])
 
 
 def chains_of(row, *responses):
@@ -232,10 +208,10 @@ def test_the_first_mistake_of_a_chain_is_named(kind):
     for row in (pictures.make_problem(seed, kind=kind, difficulty=2) for seed in range(40)):
         signs.update(re.findall(r" ([-+x/]) ", row["solution"]))
         for mistake, text in wrong_chains(row).items():
-            assert diagnose.first_error(row["id"], text) == mistake, (mistake, text)
+            assert teacher.first_error(row["id"], text) == mistake, (mistake, text)
             seen.add(mistake)
     assert signs == set("+-x/")
-    assert seen | {"operand"} | ({"other column"} - seen if kind != "table" else set()) == {*diagnose.ERRORS}
+    assert seen | {"operand"} | ({"other column"} - seen if kind != "table" else set()) == {*teacher.ERRORS}
 
 
 BARS = "Ben: books 3.\nTom: books 9.\nMia: books 10.\n"
@@ -264,9 +240,9 @@ BARS = "Ben: books 3.\nTom: books 9.\nMia: books 10.\n"
 )
 def test_what_is_said_of_a_step(step, mistake):
     """Lea has 7 more books than Mia. How many books do Lea and Ben have together?"""
-    assert diagnose.first_error("bars-0-2", f"{BARS}{step}\n#### 99") == mistake
-    assert diagnose.first_error("bars-0-2", f"Mia: books 10.\n{step}\n#### 99") == mistake
-    assert diagnose.first_error("bars-0-2", "") == "answer"
+    assert teacher.first_error("bars-0-2", f"{BARS}{step}\n#### 99") == mistake
+    assert teacher.first_error("bars-0-2", f"Mia: books 10.\n{step}\n#### 99") == mistake
+    assert teacher.first_error("bars-0-2", "") == "answer"
 
 
 def test_what_scores_order_and_answers_that_nobody_else_gives():
@@ -289,28 +265,44 @@ def test_the_diagnosis_prints_shares_and_differences():
         chains_of(make, (make["solution"], 1.0), ("#### 7", 0.0))
         for make in (pictures.make_problem(1, kind=kind, difficulty=2) for kind in ("rows", "bars"))
     ]
-    table = diagnose.errors_table([found])
+    shown = lambda table: "\n".join(markdown(*table))
+    table = shown(diagnose.errors_table([found]))
     assert "| table | 25.0% | 0.0% | 50.0% | 0.0% | 0.0% | 0.0% | 0.0% | 0.0% | 25.0% |" in table
-    orders = diagnose.orders_table([found] * 2, "dpo")
-    votes = diagnose.betas_table([found] * 2, "dpo", (0.01, 30))
+    orders = shown(diagnose.orders_table([found] * 2, "dpo"))
+    votes = shown(diagnose.betas_table([found] * 2, "dpo", (0.01, 30)))
     assert orders.count("| 100.0% | 100.0% | 100.0% | 100.0% | 100.0% | 66.7% | 66.7% |") == 2
     assert votes.count("| +0.0% [+0.0%, +0.0%] | +33.3% [") == 2  # at beta 30 the best response decides
 
 
-def test_wrong_chains_are_the_first_that_begin_rightly_and_know_their_first_wrong_step(tmp_path):
-    made = recipe.Recipe(argparse.Namespace(fast=True), recipe.FAST)
-    made.root = tmp_path
-    folders = made.folder("both", 0), made.folder("dpo", 0, 1e-5)
-    for folder in folders:
-        folder.mkdir()
-        (folder / "model").symlink_to(resolve("toy-vision"))
+def test_a_line_break_counts_to_the_step_that_it_ends():
+    tokens, ratios = ["Tom", " has", " 3", ".", "\n", "Ana", ".\n", "####"], [1, 1, 1, 1, 10, 100, 200, 5000]
+    assert step_sums(tokens, ratios) == [14, 300, 5000]
+
+
+def test_wrong_chains_are_the_first_that_begin_rightly_and_say_where_the_blame_lies(tmp_path):
     wrong, [first, *rest] = wrong_chains(TABLE), TABLE["steps"]
     late = wrong["look-up"]
     from_the_start = "\n".join(["Zoe has", first, *rest, "#### 99"])
-    texts = (TABLE["solution"], from_the_start, late, wrong["answer"])
-    found = chains_of(TABLE, *((text, 0.0) for text in texts))
-    found = dataclasses.replace(found, problem=dataclasses.replace(found.problem, image=TABLE["image"]))
-    write_jsonl(folders[1] / "scored.jsonl", [samples_to_row(found)])
-    [(tokens, ratios, steps, place)] = made.wrong_chains(0, 1e-5)
-    assert "".join(tokens) == late + "<|end|>" and ratios == [0.0] * len(tokens)  # a model against itself
-    assert steps == len(TABLE["steps"]) and "has 99, so" in late.split("\n")[place] and place == 3
+    made = chains_of(
+        TABLE, *((text, 0.0) for text in (TABLE["solution"], from_the_start, late, wrong["answer"]))
+    )
+    lines = lambda text: [line + "\n" for line in text.split("\n")]
+
+    def blamed(place):
+        """The chain's lines as its tokens; the lowest ratio is at this line."""
+        responses = [
+            Response(**{**vars(one), "tokens": lines(one.text)}
+                     | {"token_scores": {"dpo": [-float(i == place) for i in range(len(lines(one.text)))]}})
+            for one in made.responses
+        ]  # fmt: skip
+        write_jsonl(tmp_path / "scored", [samples_to_row(Samples(made.problem, responses))])
+        recipe.wrong_chains(tmp_path / "chains", tmp_path / "scored", seed=0)
+        [(_, chain)] = read_jsonl(tmp_path / "chains")
+        return chain
+
+    steps = len(TABLE["steps"])
+    chain = blamed(3)
+    assert chain["tokens"] == lines(late) and "has 99, so" in late.split("\n")[3] and chain["wrong"] == 3
+    assert chain["hit"] == 1.0 and chain["chance"] == 1 / steps
+    assert blamed(0)["hit"] == 0.0
+    assert blamed(steps)["hit"] == 0.0  # the answer line is no step

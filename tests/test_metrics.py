@@ -12,6 +12,7 @@ import math
 import numpy as np
 import pytest
 
+from minicot.metrics import judge, ratio_numbers
 from minicot.metrics import accuracy, assessment_accuracy, degeneration, majority_accuracy, mean_interval
 from minicot.metrics import paired_difference, pass_at_k, perplexity, repeated_4grams, rerank_accuracy
 from minicot.metrics import share_with_pair, verdict
@@ -234,3 +235,26 @@ def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+# -------------------------------------------------- claims
+
+
+def test_a_claim_is_judged_by_its_rule():
+    low, high = [[0, 0, 0, 1] * 50], [[1, 1, 0, 1] * 50]
+    words = {rule: judge(rule, high, low)["verdict"] for rule in ("up", "down", "level", "below 0.1")}
+    assert words == {"up": "holds", "down": "reversed", "level": "holds", "below 0.1": "reversed"}
+    assert (
+        judge("level", high, high)["verdict"] == "holds" and judge("up", high, high)["verdict"] == "not seen"
+    )
+    alone = judge("below 0.4", low)
+    assert alone["verdict"] == "holds" and alone["difference"] == 0.25 and alone["problems"] == 200
+
+
+def test_a_ratio_has_no_spread_where_every_problem_has_it_and_is_not_the_mean_of_ratios():
+    assert ratio_numbers([[1, 2], [2, 4], [5, 10]]) == [0.5] * 3
+    found = ratio_numbers([[1, 1], [0, 3], [2, 4]])
+    assert sum(found) / 3 == pytest.approx(3 / 8)  # 3 of 8 pairs
+    # by hand: ratio 3/8, mean pairs 8/3; (right - 3/8 n) / (8/3) = 5/8, -9/8, 1/2, each times 3/8
+    assert found == pytest.approx([3 / 8 + 15 / 64, 3 / 8 - 27 / 64, 3 / 8 + 12 / 64])
+    assert ratio_numbers([0.5, 1]) == [0.5, 1]

@@ -175,8 +175,23 @@ def declare(E):
     if s.test:
         E.read("test", split=E.test, limit=s.test, n=s.votes, take=EVALUATED)
     assess = ("--assess",) if E.toy else ("--assess", "--reference")
-    E.read("train", *assess, samples=samples, limit=s.pool, take={"a_train": "pairs"})
-    E.read("held-out", *assess, samples=held_out, take={"a_held": "pairs", "reference_nll": "reference_nlls"})
+    E.read("train", *assess, samples=samples, limit=s.pool, take={"a_train": "ordered_pairs"})
+    E.read(
+        "held-out",
+        *assess,
+        samples=held_out,
+        take={"a_held": "ordered_pairs", "reference_nll": "reference_nlls"},
+    )
+
+
+def right_and_wrong(assessed):
+    """What sample.py --assess wrote -> (scores of right responses, scores of wrong ones)."""
+    both = [
+        (score, right)
+        for scores, correct in zip(assessed["scores"], assessed["correct"])
+        for score, right in zip(scores, correct)
+    ]
+    return [[round(score, 3) for score, right in both if right is side] for side in (True, False)]
 
 
 def extra(E):
@@ -184,7 +199,7 @@ def extra(E):
     models = {model.name: model for model in E.models}
     if not {"vft", *SHOWN} <= models.keys():
         return {}
-    scores = {name: E.output(models[name], "held-out")["scores"] for name in ("vft", "aft-boundary")}
+    scores = {name: right_and_wrong(E.output(models[name], "held-out")) for name in ("vft", "aft-boundary")}
     logs = {name: E.path(models[name], 0) / "metrics.jsonl" for name in SHOWN}
     keys = ("score_right", "score_wrong")
     return {"scores": scores, "training": {name: plots.smooth(log, keys) for name, log in logs.items()}}
