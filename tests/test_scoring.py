@@ -254,7 +254,7 @@ def random_shape(draw):
 
 def test_the_block_mask_made_by_blocks_is_the_one_made_whole(monkeypatch):
     draw, lengths, counts = torch.Generator().manual_seed(5), set(), [0, 0]
-    shapes = [random_shape(draw) for _ in range(12)] + [[(100, [28])], [(200, [56])], [(1, [127, 128])]]
+    shapes = [random_shape(draw) for _ in range(10)] + [[(100, [28])], [(700, [300, 24])], [(1, [127, 128])]]
     for shape in shapes:
         packed = pack(collate(groups(shape), pad_id=0))
         whole, at = in_one_piece(packed), torch.arange(len(packed.row))
