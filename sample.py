@@ -6,6 +6,7 @@ python sample.py --model runs/sft --split train --n 8 --out runs/samples.jsonl  
 python sample.py --model runs/sft --evaluate --n 8             # accuracy, majority@8, pass@k
 python sample.py --image picture.png "How many apples does Tom have?"        # a vision-language model
 python sample.py --verifier runs/dpo --ref runs/sft --samples runs/samples.jsonl --out runs/scored.jsonl
+python sample.py --assess --model runs/sft --samples runs/samples.jsonl --out runs/assessed.json  # A-accuracy
 """
 
 import os
@@ -27,12 +28,12 @@ from minicot.errors import InputError
 from minicot.records import Problem, read_samples, samples_to_row
 from minicot.sets import default_length, read_problems
 from minicot.sets import style_of
-from minicot.metrics import accuracy, degeneration, majority_accuracy, pass_at_k
+from minicot.metrics import accuracy, assessment, degeneration, majority_accuracy, pass_at_k
 from minicot.sampling import sample_groups
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures
 from minicot.training import pick_device, resolve, train_first, weights_digest, write_json, write_jsonl
-from minicot.verifier import curves, log_ratio_scores
+from minicot.verifier import assess, curves, log_ratio_scores
 from minicot.weights import load_model, read_json
 
 
@@ -212,6 +213,7 @@ def verify(config, device):
         mode=config.mode,
         words=config.truncate_words,
         reader=image_reader(model, tokenizer, folder),
+        batch_size=config.batch_size,
     )
     scored = list(tqdm(scored, total=len(groups), unit="problem", disable=None))
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
@@ -221,6 +223,38 @@ def verify(config, device):
         for n, ways in curves(scored, name, sizes=[2**i for i in range(14) if 2**i <= most]).items():
             print(f"n = {n}: " + ", ".join(f"{way} {sum(v) / len(v):.1%}" for way, v in ways.items()))
     print(f"{len(scored)} problems scored -> {config.out}")
+
+
+def assess_samples(config, device):
+    """The model's own scores of --samples and of written solutions -> --out and a line."""
+    for name in ("samples", "out"):
+        check(getattr(config, name), f"--{name}", getattr(config, name), "a path, with --assess")
+    out, folder = Path(config.out), find_model(config.model)
+    check(config.overwrite or not out.exists(), "--out", config.out, "a new file, or --overwrite")
+    sampled = read_samples(config.samples)[: config.limit or None]
+    tokenizer = Tokenizer(folder)
+    model = load_model(folder, dtype=getattr(torch, config.dtype), device=device).eval()
+    judged = assess(
+        model,
+        tokenizer,
+        sampled,
+        mode=config.mode,
+        reader=image_reader(model, tokenizer, folder),
+        reference=config.reference,
+        batch_size=config.batch_size,
+        watch=lambda groups: tqdm(groups, unit="problem", disable=None),
+    )
+    metrics = assessment(judged)
+    lists = judged | {"ordered_pairs": metrics.pop("ordered_pairs")}
+    about = {"command": " ".join(["python", "sample.py", *sys.argv[1:]]), "model": str(folder)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, {**about, "settings": dataclasses.asdict(config), "metrics": metrics, **lists})
+    of_pairs = "no pair of a better and a worse response"
+    if metrics["pairs"]:
+        interval = f"[{metrics['low']:.1%}, {metrics['high']:.1%}]"
+        of_pairs = f"A-accuracy {metrics['assessment_accuracy']:.1%} {interval} of {metrics['pairs']:,} pairs"
+    nll = "no solution" if metrics["reference_nll"] is None else f"{metrics['reference_nll']:.3f}"
+    print(f"{folder}: {of_pairs} on {metrics['problems']} problems; reference NLL {nll} -> {out}")
 
 
 # ---- the script --------------------------------------------------------------------------------------------
@@ -235,7 +269,12 @@ def main(config):
         config.truncate_words,
         "0, without --verifier",
     )
+    check(config.assess or not config.reference, "--reference", "given", "only with --assess")
+    check(not (config.assess and config.verifier), "--assess", "given", "no --verifier beside it")
     device = pick_device(config.device)
+    if config.assess:
+        assess_samples(config, device)
+        return
     if config.verifier:
         verify(config, device)
         return

@@ -139,7 +139,9 @@ class SampleConfig(Flags):
     )
     max_new_tokens: int = flag(0, "longest response in tokens (0 = 96 on toy, 256 elsewhere)", least=0)
     blind: bool = flag(False, "control: show grey pictures instead of the problems' own")
-    samples: str = flag("", "samples.jsonl that --verifier scores")
+    samples: str = flag("", "samples.jsonl that --verifier or --assess scores")
+    assess: bool = flag(False, "the model's own scores of --samples: A-accuracy, reference NLL -> --out")
+    reference: bool = flag(False, "--assess: the written solution is one of a problem's right responses")
     verifier: str = flag("", "DPO model folder: add the scores log pi - log pi_ref to --samples -> --out")
     ref: str = flag("", "--verifier: its reference model, the folder that DPO started from")
     truncate_words: int = flag(
@@ -152,7 +154,9 @@ class SampleConfig(Flags):
     )
     out: str = flag("", "file for the samples (jsonl), or for the results with --evaluate")
     overwrite: bool = flag(False, "start --out again instead of going on with it")
-    batch_size: int = flag(64, "sequences decoded together (a problem's n samples always are)", least=1)
+    batch_size: int = flag(
+        64, "sequences scored or decoded together (a problem's n samples always are decoded so)", least=1
+    )
     seed: int = flag(0, "sampling seed; each problem derives its own from it and its id", least=0, most=2**31)
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto = cuda where there is one")
     dtype: Literal["float32", "bfloat16", "float64"] = flag("float32", "dtype of weights and arithmetic")

@@ -96,17 +96,6 @@ def judge(rule: str, ours, other=None) -> dict:
     return {"verdict": word, **rounded, "seeds": len(ours), "problems": len(ours[0])}
 
 
-def ratio_numbers(counts: Sequence) -> list:
-    """[right, of how many] of each problem -> a number a problem whose mean is the ratio of the sums: the
-    ratio, and each problem's pull on it (the linearised ratio), so that intervals of a ratio such as
-    A-accuracy come from the same bootstrap. Plain numbers are returned as they are.
-    """
-    if not len(counts) or not isinstance(counts[0], list):
-        return counts
-    right, of = (sum(column) / len(counts) for column in zip(*counts))
-    return [right / of + (r - right / of * n) / of for r, n in counts]
-
-
 # -------------------------------------------------- K responses a problem
 
 
@@ -177,6 +166,56 @@ def rerank_accuracy(scores, correct, present=None) -> float:
         raise ValueError(f"scores[{b}, {k}] is {scores[b, k]}; a present response needs a finite score")
     best = present & (scores == np.where(present, scores, -np.inf).max(1, keepdims=True))
     return float((np.where(best, correct, 0.0).sum(1) / best.sum(1)).mean())
+
+
+def ratio_values(counts) -> list[float]:
+    """[part, whole] of each problem -> numbers (P,) whose mean is sum(parts) / sum(wholes) and whose spread
+    is the ratio's: the ratio, and each problem's pull on it (linearised). For paired_difference and
+    mean_interval.
+    """
+    parts, wholes = np.asarray(counts, dtype=np.float64).reshape(-1, 2).T
+    if not wholes.sum():
+        raise ValueError(f"a ratio to nothing: {len(wholes)} problems, all of size 0")
+    ratio = parts.sum() / wholes.sum()
+    return (ratio + (parts - ratio * wholes) / wholes.mean()).tolist()
+
+
+def assessment(judged: dict) -> dict:
+    """Numbers of what verifier.assess says (lists over problems, of lists over their responses): A-accuracy
+    over all pairs of unequal reward with its interval over problems, share of problems with a pair, accuracy
+    of the response with the highest score, perplexity of right and of wrong responses, NLL of the reference
+    solutions; and "ordered_pairs", [rightly ordered pairs, pairs] of each problem.
+
+    None stands for a number of nothing: no pair, no right (wrong) response, no solution; and for the
+    reranking accuracy where a response's correctness is unknown.
+    """
+    longest = max(map(len, judged["scores"]))
+    table = lambda name: np.array(
+        [[*row, *[math.nan] * (longest - len(row))] for row in judged[name]], dtype=np.float64
+    )
+    scores, rewards, correct = table("scores"), table("rewards"), table("correct")
+    present = ~np.isnan(scores)
+    better = rewards[:, :, None] > rewards[:, None, :]  # never where one is absent
+    ordered = [list(assessment_accuracy(scores[b : b + 1], better[b : b + 1])) for b in range(len(scores))]
+    pairs, nlls = sum(n for _, n in ordered), judged["reference_nlls"]
+    share, low, high = mean_interval([ratio_values(ordered)]) if pairs else (None, None, None)
+    lengths = table("tokens")
+    of = lambda kind: [[s] * int(n) for s, n in zip(scores[correct == kind], lengths[correct == kind])]
+    return {
+        "assessment_accuracy": share,
+        "low": low,
+        "high": high,
+        "pairs": pairs,
+        "problems": len(scores),
+        "share_with_pair": share_with_pair(better),
+        "rerank_accuracy": None
+        if np.isnan(correct[present]).any()
+        else rerank_accuracy(scores, correct, present),
+        "perplexity_right": perplexity(of(1)) if (correct == 1).any() else None,
+        "perplexity_wrong": perplexity(of(0)) if (correct == 0).any() else None,
+        "reference_nll": math.fsum(nlls) / len(nlls) if nlls else None,
+        "ordered_pairs": ordered,
+    }
 
 
 # -------------------------------------------------- degeneration

@@ -1,53 +1,73 @@
 """score(model, batch): the log-probability of every scored token of every row, without doing work twice.
 
-The loops call `score` and never know how it was computed. Its plain twin, `score_plain`, pads all rows, runs
-them in one forward and makes all logits. `score` saves three things and changes none of the numbers:
+The loops call `score` and never know how it was computed. It is `hidden_at`, the hidden states at chosen
+places of every row (any head can stand on them), and the language model's head. The plain twins,
+`hidden_plain` and `score_plain`, pad all rows, run them in one forward and make all logits. Three things are
+saved, and none of the numbers changes:
 
 - **Shared prompts.** The rows of a group begin with the same prompt: it is computed once. All groups' prompts
   and responses stand behind each other in one packed row; a response sees its group's prompt and itself, and
   its positions go on from the prompt's. A group of one row (SFT) is a document of its own, so the same code
   packs SFT batches without padding.
-- **Attention** is a BlockMask (FlexAttention) on CUDA; elsewhere in two parts, each prompt causally and each
-  response over prompt + itself, because a dense mask over the packed row costs more than sharing saves.
+- **Attention** is a BlockMask (FlexAttention) on CUDA, made a few query blocks at a time; elsewhere in two
+  parts, each prompt causally and each response over prompt + itself, because a dense mask over the packed row
+  costs more than sharing saves.
 - **No logits that nobody reads**: the head runs on the positions before scored tokens only, in chunks that
   the backward computes again, so that memory does not grow with their number times the vocabulary.
 
 Prefix sharing for DPO: arXiv 2410.20305; for GRPO: PrefixGrouper, arXiv 2506.05433.
 Letters: N rows of B groups, T tokens, L tokens of the packed row, M scored tokens, V vocabulary; P prompt and
-R response tokens of the longest; H heads, D channels of a head.
+R response tokens of the longest; E hidden size; H heads, D channels of a head.
 """
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from minicot.losses import token_logps
 from minicot.model import attend
 
-CHUNK = 2**26  # logits held at once: 256 MiB in float32
+CHUNK = 2**26  # logits in memory at once: 256 MiB in float32
+BLOCK = 128  # FlexAttention's blocks of queries and of keys
+MASK = 2**24  # entries of the mask in memory at once: 16 MiB each of a few bool tensors
+
+
+def hidden_plain(model, batch):
+    """Batch -> (N,T,E) final hidden states of all tokens by one padded forward: the oracle of `hidden_at`."""
+    images = None
+    if batch.images is not None:
+        of_row = [(batch.image_group == b).nonzero()[:, 0] for b in batch.group]
+        images = model.encode_images(batch.images)[torch.cat(of_row)]
+    return model.hidden_states(model.embed(batch.ids, images), pad_mask=batch.pad_mask)
 
 
 def score_plain(model, batch):
     """Batch -> (N,T) log-probabilities of all real tokens by one padded forward and all logits (N,T,V): the
     oracle of `score`."""
-    images = None
-    if batch.images is not None:
-        of_row = [(batch.image_group == b).nonzero()[:, 0] for b in batch.group]
-        images = model.encode_images(batch.images)[torch.cat(of_row)]
-    return token_logps(model(batch.ids, images, batch.pad_mask), batch.ids)
+    return token_logps(model.head(hidden_plain(model, batch)), batch.ids)
+
+
+def hidden_at(model, batch, places):
+    """The final hidden states of chosen tokens, what a head reads: places (N,T) bool -> (M,E), row by row.
+    Equals hidden_plain(model, batch)[places], gradients included. A place must be a real token."""
+    assert places.shape == batch.ids.shape, f"places {tuple(places.shape)}, ids {tuple(batch.ids.shape)}"
+    assert not (places & ~batch.pad_mask).any(), "a place is padding"
+    packed = pack(batch)
+    attention = packed.block_mask() if batch.ids.is_cuda else TwoParts(packed)
+    embeds = model.embed(packed.ids, batch.images)  # a group's pictures stand in its prompt: once
+    hidden = model.hidden_states(embeds, positions=packed.positions, attention=attention)
+    return hidden[0, packed.at[places]]
 
 
 def score(model, batch):
     """Batch -> (N,T) float32 (or wider): entry [n, t] is log p(ids[n, t] | ids[n, :t]) wherever loss_mask is
     True, else 0. Equals `score_plain` there, gradients included."""
-    packed = pack(batch)
-    attention = packed.block_mask() if batch.ids.is_cuda else TwoParts(packed)
-    embeds = model.embed(packed.ids, batch.images)  # a group's pictures stand in its prompt: once
-    hidden = model.hidden_states(embeds, positions=packed.positions, attention=attention)
-    logps = chunked_logps(model.head, hidden[0, packed.before], batch.ids[batch.loss_mask])
+    assert not batch.loss_mask[:, 0].any(), "a row's first token is scored, but nothing stands before it"
+    before = F.pad(batch.loss_mask[:, 1:], (0, 1))  # a token is predicted where the one before it stands
+    logps = chunked_logps(model.head, hidden_at(model, batch, before), batch.ids[batch.loss_mask])
     return logps.new_zeros(batch.ids.shape).masked_scatter(batch.loss_mask, logps)
 
 
@@ -79,7 +99,7 @@ class Packed:
     positions: torch.Tensor  # (1,L) within a row's own text
     group: torch.Tensor  # (L,) which group a token belongs to
     row: torch.Tensor  # (L,) which row; -1 = the prompt that the group's rows share
-    before: torch.Tensor  # (M,) where the token before each scored one stands, in loss_mask's order
+    at: torch.Tensor  # (N,T) where each token of a row stands, -1 for padding
     prompt_at: torch.Tensor  # (B,P) where each group's prompt stands, -1 behind its end
     row_at: torch.Tensor  # (N,R) where the rest of each row stands, -1 behind its end
     group_of: torch.Tensor  # (N,) the group of each row
@@ -95,9 +115,25 @@ class Packed:
         return visible
 
     def block_mask(self):
-        """`visible` as FlexAttention takes it."""
-        L = len(self.row)
-        return create_block_mask(self.visible(), None, None, L, L, device=self.row.device)
+        """`visible` as FlexAttention takes it: for every block of BLOCK queries the blocks of keys that it
+        sees whole and those that it sees in part. Equals create_block_mask, which makes the (L,L) mask; here
+        at most max(MASK, BLOCK * L) entries of it are in memory at once."""
+        visible, L, in_part, whole = self.visible(), len(self.row), [], []
+        keys = torch.arange(L, device=self.row.device)
+        for queries in keys.split(BLOCK * max(1, MASK // (BLOCK * L))):
+            seen = F.pad(
+                visible(None, None, queries[:, None], keys), (0, -L % BLOCK, 0, -len(queries) % BLOCK)
+            )
+            seen = seen.view(-1, BLOCK, seen.shape[1] // BLOCK, BLOCK)
+            whole.append(seen.all(3).all(1))
+            in_part.append(seen.any(3).any(1) & ~whole[-1])
+        return BlockMask.from_kv_blocks(
+            *numbered(torch.cat(in_part)),
+            *numbered(torch.cat(whole)),
+            BLOCK_SIZE=BLOCK,
+            mask_mod=visible,
+            seq_lengths=(L, L),
+        )
 
     def dense_mask(self):
         """`visible` as a bool mask (L,L): the oracle of `block_mask` and of TwoParts."""
@@ -113,7 +149,7 @@ def pack(batch):
     scored = [
         mask[real].nonzero()[:, 0].tolist() for mask, real in zip(batch.loss_mask.cpu(), batch.pad_mask.cpu())
     ]
-    ids, positions, group, row, prompts, rows, before = [], [], [], [], [], {}, {}
+    ids, positions, group, row, prompts, rows = [], [], [], [], [], {}
 
     def put(text, first, b, n):
         ids.extend(text)
@@ -130,16 +166,15 @@ def pack(batch):
         prompts.append(put(texts[members[0]][:shared], 0, b, -1))
         for n in members:
             rows[n] = put(texts[n][shared:], shared, b, n)
-            where = [*prompts[b], *rows[n]]
-            before[n] = [where[t - 1] for t in scored[n]]
     in_order = range(len(texts))
     tensor = lambda values: torch.tensor(values, dtype=torch.long, device=batch.ids.device)
+    at = tensor([place for n in in_order for place in (*prompts[group_of[n]], *rows[n])])
     return Packed(
         tensor([ids]),
         tensor([positions]),
         tensor(group),
         tensor(row),
-        tensor([at for n in in_order for at in before[n]]),
+        torch.full_like(batch.ids, -1).masked_scatter(batch.pad_mask, at),
         tensor(rectangle(prompts)),
         tensor(rectangle([rows[n] for n in in_order])),
         batch.group,
@@ -151,14 +186,21 @@ def common_beginning(texts, limit):
     if len(texts) == 1:
         return 0
     limit = min(limit, *(len(text) - 1 for text in texts))
-    unlike = (t for t in range(limit) if len({text[t] for text in texts}) > 1)
-    return next(unlike, limit)
+    differ = (t for t in range(limit) if len({text[t] for text in texts}) > 1)
+    return next(differ, limit)
 
 
 def rectangle(spans):
     """Ranges of places -> lists of one length, -1 behind their ends."""
     longest = max(map(len, spans))
     return [[*span, *[-1] * (longest - len(span))] for span in spans]
+
+
+def numbered(blocks):
+    """Blocks of keys (queries, keys) bool that each block of queries sees -> as FlexAttention lists them, of
+    shapes (1,1,queries) and (1,1,queries,keys): how many they are, and their numbers, the others' behind."""
+    order = blocks.int().argsort(descending=True, stable=True)
+    return blocks.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
 
 
 class TwoParts:

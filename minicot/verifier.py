@@ -1,4 +1,4 @@
-"""Verifiers: score K responses to a question, then choose among them.
+"""Verifiers: score K responses to a question, then choose among them; and what a model thinks of responses.
 
 A DPO model is a verifier without further training (Rafailov et al., arXiv 2305.18290, section 5; used so by
 LLaVA-Reasoner, arXiv 2410.16198, section 4.3): r(y) = log pi(y|x) - log pi_ref(y|x), summed over the
@@ -7,6 +7,13 @@ response's tokens, is the reward that it has learned up to a constant of the que
     best-of-n       the answer of the response with the highest score
     weighted vote   argmax over answers a of the sum over responses with answer a of weight(score)
     majority vote   the same with weight 1 (self-consistency, Wang et al., arXiv 2203.11171)
+
+A model is its own verifier too: AFT (arXiv 2309.02144, section 2) asks how often its mean log-probability a
+token is higher for a right response than for a wrong one. `assess` gives these scores, metrics.assessment
+the numbers.
+
+"Samples" is one problem with its K responses, `sampled` a list of them. All functions score at most
+batch_size responses at once; a question with more is cut into parts, each with the prompt that they share.
 """
 
 import math
@@ -16,65 +23,141 @@ from functools import partial
 import torch
 
 from minicot.answers import is_correct, majority_vote, normalize
-from minicot.data import collate, encode_row, truncate_words
+from minicot.data import check_pictures, collate, encode_row, make_groups, target, text_room, truncate_words
 from minicot.errors import InputError
-from minicot.losses import sequence_logps
 from minicot.scoring import score
 
 # weight of a vote from beta * r, shifted by the question's largest (which no argmax of sums sees)
 WEIGHTS = {
     "exp": lambda x, largest: math.exp(x - largest),
-    "sigmoid": lambda x, _: 1 / (1 + math.exp(-x)),
+    "sigmoid": lambda x, _: 1 / (1 + math.exp(min(-x, 700.0))),  # exp(710) overflows
     "raw": lambda x, _: x,
 }
 
 
+# ---- scoring -------------------------------------------------------------------------------------
+
+
+def in_parts(groups, batch_size):
+    """Groups of rows -> lists of groups of at most batch_size rows in all, in order; a larger one is cut."""
+    part, size = [], 0
+    for group in groups:
+        for start in range(0, len(group), batch_size):
+            piece = group[start : start + batch_size]
+            if size + len(piece) > batch_size:
+                yield part
+                part, size = [], 0
+            part, size = [*part, piece], size + len(piece)
+    if part:
+        yield part
+
+
 @torch.no_grad()
-def token_log_ratios(model, ref, tokenizer, samples, *, mode, reader=None):
-    """One question's Samples -> for each response (its scored ids, log pi - log pi_ref of each of them)."""
-    rows = [
+def token_values(function, model, tokenizer, groups, *, reader, batch_size):
+    """Yield, for each Row of the groups, function(batch) (N,T) at its scored tokens: (tokens,), on the CPU.
+    InputError names the problem where a value is not finite."""
+    device = next(model.parameters()).device
+    for part in in_parts(groups, batch_size):
+        check_pictures(part, reader, "samples")
+        batch = collate(part, tokenizer.pad_id, reader).to(device)
+        values = function(batch)
+        rows = [row for group in part for row in group]
+        for row, its_values, scored in zip(rows, values.cpu(), batch.loss_mask.cpu()):
+            if not its_values[scored].isfinite().all():
+                raise InputError(
+                    f"problem {row.problem_id!r}: log-probabilities are not finite; "
+                    "a model's weights are broken or have diverged"
+                )
+            yield its_values[scored]
+
+
+def log_ratios(model, ref, tokenizer, groups, **options):
+    """Yield log pi - log pi_ref of each scored token of each Row of the groups."""
+    return token_values(
+        lambda batch: score(model, batch) - score(ref, batch), model, tokenizer, groups, **options
+    )
+
+
+def rows_of(tokenizer, samples, mode):
+    """A question's Samples -> a Row for each response."""
+    return [
         encode_row(
             tokenizer, samples.problem, response.text, mode=mode, finish=response.finish, ids=response.ids
         )
         for response in samples.responses
     ]
-    batch = collate([rows], tokenizer.pad_id, reader).to(next(model.parameters()).device)
-    ratios = score(model, batch) - score(ref, batch)
-    return [(batch.ids[n][mask].tolist(), ratios[n][mask].tolist()) for n, mask in enumerate(batch.loss_mask)]
 
 
-@torch.no_grad()
-def log_ratio_scores(model, ref, tokenizer, groups, *, name, mode, words=0, reader=None, batch_size=8):
+def token_log_ratios(model, ref, tokenizer, samples, *, mode, reader=None, batch_size=64):
+    """One question's Samples -> for each response (its scored ids, log pi - log pi_ref of each of them)."""
+    rows = rows_of(tokenizer, samples, mode)
+    ratios = log_ratios(model, ref, tokenizer, [rows], reader=reader, batch_size=batch_size)
+    return [(row.ids[row.n_prompt :], values.tolist()) for row, values in zip(rows, ratios)]
+
+
+def log_ratio_scores(model, ref, tokenizer, sampled, *, name, mode, words=0, reader=None, batch_size=64):
     """Yield the Samples with scores[name] = sum over the response of log pi(y|x) - log pi_ref(y|x); with
     `words` over its first words alone, as DPO sees it where it is trained on truncate_words."""
-    for start in range(0, len(groups), batch_size):
-        part = groups[start : start + batch_size]
-        seen = truncate_words(part, words) if words else part
-        rows = [
-            [
-                encode_row(
-                    tokenizer,
-                    samples.problem,
-                    response.text,
-                    mode=mode,
-                    finish=response.finish,
-                    ids=response.ids,
-                )
-                for response in samples.responses
-            ]
-            for samples in seen
+    groups = (
+        rows_of(tokenizer, samples, mode)
+        for samples in (truncate_words(sampled, words) if words else sampled)
+    )
+    ratios = log_ratios(model, ref, tokenizer, groups, reader=reader, batch_size=batch_size)
+    for samples in sampled:
+        scored = [
+            replace(response, scores={**(response.scores or {}), name: next(ratios).sum().item()})
+            for response in samples.responses
         ]
-        batch = collate(rows, tokenizer.pad_id, reader).to(next(model.parameters()).device)
-        ratios = score(model, batch) - score(ref, batch)
-        values = iter(sequence_logps(ratios, batch.loss_mask, reduce="sum").tolist())
-        for samples in part:
-            yield replace(
-                samples,
-                responses=[
-                    replace(response, scores={**(response.scores or {}), name: next(values)})
-                    for response in samples.responses
-                ],
-            )
+        yield replace(samples, responses=scored)
+
+
+def assess(
+    model,
+    tokenizer,
+    sampled,
+    *,
+    mode,
+    reader=None,
+    reference=False,
+    batch_size=16,
+    watch=lambda groups: groups,
+):
+    """What a model thinks of graded responses and of written solutions: a list of Samples -> plain lists.
+
+    Of each problem that has a response left ("problem_ids"), of each distinct response: "scores" (mean
+    log-probability a token), "tokens", "rewards" and "correct" (None: unknown). `reference` puts the written
+    solution among the responses, as a right one; every problem must then have one. Of each problem that has
+    a solution ("solution_ids"; mode "direct": an answer): "reference_nlls" (minus its mean log-probability a
+    token). "left_out" counts what is missing. `watch` is handed each list of groups as work on it begins
+    (tqdm). metrics.assessment makes numbers of this."""
+    problems = [samples.problem for samples in sampled]
+    longest = text_room(model.config.max_position_embeddings, problems, reader)
+    groups, left_out = make_groups(tokenizer, sampled, mode=mode, max_length=longest, reference=reference)
+    solved = [p for p in problems if (p.answer if mode == "direct" else p.solution) is not None]
+    solutions = [encode_row(tokenizer, p, target(p, mode), mode=mode) for p in solved]
+    solutions = [[row] for row in solutions if len(row.ids) <= longest]
+
+    def means(groups):
+        """[problem][response] -> (mean log-probability of its tokens, their number)."""
+        values = token_values(
+            partial(score, model), model, tokenizer, watch(groups), reader=reader, batch_size=batch_size
+        )
+        return [[(logps.mean().item(), len(logps)) for _, logps in zip(group, values)] for group in groups]
+
+    judged, references = means(groups), means(solutions)
+    return {
+        "problem_ids": [group[0].problem_id for group in groups],
+        "scores": [[mean for mean, _ in group] for group in judged],
+        "tokens": [[tokens for _, tokens in group] for group in judged],
+        "rewards": [[row.reward for row in group] for group in groups],
+        "correct": [[row.correct for row in group] for group in groups],
+        "solution_ids": [row.problem_id for [row] in solutions],
+        "reference_nlls": [-mean for [(mean, _)] in references],
+        "left_out": left_out | {"overlong solutions": len(solved) - len(solutions)},
+    }
+
+
+# ---- choosing ------------------------------------------------------------------------------------
 
 
 def step_sums(tokens, values):
@@ -107,7 +190,7 @@ def weighted_vote(answers, scores, *, beta=0.1, weight="exp"):
     return max(votes.values(), key=lambda vote: vote[1])[0] if votes else None
 
 
-def curves(groups, name, *, beta=0.1, sizes=(1, 2, 4, 8, 16, 32)):
+def curves(sampled, name, *, beta=0.1, sizes=(1, 2, 4, 8, 16, 32)):
     """Right or not (as a share) of each problem when n of its K responses are chosen among, for each n:
     {n: {"majority", "best", "vote" (weighted, exp), "sigmoid vote", "raw vote", "pass": list over problems}}.
 
@@ -121,10 +204,10 @@ def curves(groups, name, *, beta=0.1, sizes=(1, 2, 4, 8, 16, 32)):
         "sigmoid vote": partial(vote, weight="sigmoid"),
         "raw vote": partial(vote, weight="raw"),
     }
-    found = {}
+    shares = {}
     for n in sizes:
-        found[n] = {way: [] for way in (*ways, "pass")}
-        for samples in groups:
+        shares[n] = {way: [] for way in (*ways, "pass")}
+        for samples in sampled:
             if len(samples.responses) < n:
                 raise InputError(
                     f"problem {samples.problem.id!r} has {len(samples.responses)} responses; "
@@ -137,6 +220,6 @@ def curves(groups, name, *, beta=0.1, sizes=(1, 2, 4, 8, 16, 32)):
                     is_correct(choose([r.answer for r in block], [r.scores[name] for r in block]), gold)
                     for block in cut
                 ]
-                found[n][way].append(sum(right) / blocks)
-            found[n]["pass"].append(sum(any(r.correct for r in block) for block in cut) / blocks)
-    return found
+                shares[n][way].append(sum(right) / blocks)
+            shares[n]["pass"].append(sum(any(r.correct for r in block) for block in cut) / blocks)
+    return shares

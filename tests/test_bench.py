@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.bench import __main__ as bench
-from tests.bench import sides
+from tests.bench import page, sides
 
 CPU = torch.device("cpu")
 TRL = ["TRL"] if importlib.util.find_spec("trl") else []
@@ -18,7 +18,7 @@ def test_every_row_of_steps_and_generation_runs_and_prints():
     peers = ["padded", "plain", "transformers"]
     results = [
         *bench.sft_row("tiny", CPU, 1, rows=3),
-        *bench.sft_row("tiny" + sides.EYES, CPU, 1, rows=3),
+        *bench.sft_row("tiny" + sides.WITH_TOWER, CPU, 1, rows=3),
         *bench.group_row("DPO", "tiny", CPU, 1, B=2, K=2, P=6, R=5, peers=peers + TRL),
         *bench.group_row("group", "tiny", CPU, 1, B=2, K=3, P=6, R=5, peers=peers),
         *bench.generation_row("tiny", CPU, 1, prompts=2, P=6, n=2, new=3),
@@ -28,7 +28,7 @@ def test_every_row_of_steps_and_generation_runs_and_prints():
         ratio = result["theirs"][0] / result["ours"][0]
         assert result["ratio"] == [ratio] * 3 and ratio > 0
         assert result["tokens_per_second"] == pytest.approx(result["tokens"] / result["ours"][0])
-        assert f"| {result['peer']} | {ratio:.2f} /" in bench.line(result)
+        assert f"| {result['peer']} | {ratio:.2f} /" in page.line(result)
     padded = next(result for result in results if result["work"] == "group step")
     assert padded["tokens"] == 2 * 3 * (6 + 5) and padded["bounds"]["tokens"] == 3 * (6 + 5) / (6 + 3 * 5)
     assert 1 < padded["bounds"]["work"] < padded["bounds"]["tokens"]
@@ -86,3 +86,81 @@ def test_the_table_names_each_row_once_for_both_devices():
         rows = [(row.__name__, first, other) for row, first, other in bench.table(torch.device(device))]
         assert len({repr(row) for row in rows}) == len(rows)
         assert all(first[-1] in sides.MODELS for _, first, _ in rows)
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def test_the_page_is_what_the_results_and_the_hand_written_part_make():
+    text = (page.FOLDER / "README.md").read_text()
+    assert text == page.render(page.read_results(), page.hand_written())
+    for run in page.read_results().values():
+        assert run["rows"] and all(page.line(row) in text for row in run["rows"])
+        assert f"commit {run['commit']}, {run['dtype']}; torch {run['versions']['torch']}" in text
+
+
+def test_every_row_of_the_page_is_one_of_the_table_that_is_raced():
+    raced = [(first, other) for _, first, other in bench.table(CPU)]
+    models = {first[-1] for first, _ in raced}
+    rows = page.read_results()["cpu"]["rows"]
+    assert {row["model"] for row in rows} == models
+    for row in rows:
+        low, middle, high = row["ratio"]
+        assert low <= middle <= high
+        if row["unit"] == "bytes":
+            assert middle == pytest.approx(row["theirs"][0] / row["ours"][0], rel=0.01)
+        for name, bound in row.get("bounds", {}).items():
+            if "reached" in row:
+                assert row["reached"][name] == pytest.approx(middle / bound, abs=0.01)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A page's folder of its own, and a table of one small row."""
+    monkeypatch.setattr(page, "FOLDER", tmp_path)
+    row = (bench.group_row, ["group", "tiny"], dict(B=1, K=2, P=4, R=3, peers=["padded"]))
+    monkeypatch.setattr(bench, "table", lambda device: [row])
+    (tmp_path / "README.md").write_text(f"old\n{page.BEGIN}\nSlow, but why?\n{page.END}\nold\n")
+    return tmp_path
+
+
+def test_a_whole_run_becomes_results_and_page_and_keeps_what_was_written_by_hand(folder, capsys):
+    (folder / "results.json").write_text(json.dumps({"cuda": run_of("a GPU")}))
+    bench.main(["cpu", "--rounds", "2", "--write"])
+    results = page.read_results()
+    assert results["cuda"] == run_of("a GPU")  # the other device's run stays
+    run, text = results["cpu"], (folder / "README.md").read_text()
+    assert run["command"] == "python -m tests.bench cpu --rounds 2 --write" and len(run["rows"]) == 1
+    assert page.line(run["rows"][0]) in text and page.line(run["rows"][0]) in capsys.readouterr().out
+    assert f"{page.BEGIN}\nSlow, but why?\n{page.END}" in text and "old" not in text
+    (folder / "README.md").write_text(text.replace("but why?", "and why."))
+    bench.main(["--page"])
+    assert (folder / "README.md").read_text() == text.replace("but why?", "and why.")
+
+
+def run_of(device):
+    row = dict(work="SFT step", model="m", shape="s", peer="p", unit="seconds", ratio=[1.0, 2.0, 3.0])
+    row |= dict(ours=[1.0], theirs=[2.0], tokens_per_second=5.0, commit="b2")
+    versions = {"torch": "2", "trl": None}
+    return dict(command="c", commit="a1", device=device, dtype="d", versions=versions, rows=[row, row])
+
+
+def test_the_page_says_which_rows_are_of_another_commit_and_which_peer_is_missing():
+    text = page.section(run_of("a GPU"))
+    assert "Of commit b2: SFT step m s." in text and "commit a1, d; torch 2, no trl, no rows of it." in text
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--write"], "no part between <!-- hand-written -->"),
+        (["--page"], "no part between <!-- hand-written -->"),
+        (["--write", "--only", "group"], "--write keeps a whole run"),
+    ],
+)
+def test_what_would_lose_something_is_refused_before_any_work(folder, argv, message, capsys):
+    (folder / "README.md").write_text("nothing by hand")
+    with pytest.raises(SystemExit):
+        bench.main(argv)
+    assert message in capsys.readouterr().err
+    assert (folder / "README.md").read_text() == "nothing by hand" and not (folder / "results.json").exists()

@@ -12,10 +12,10 @@ import math
 import numpy as np
 import pytest
 
-from minicot.metrics import judge, ratio_numbers
-from minicot.metrics import accuracy, assessment_accuracy, degeneration, majority_accuracy, mean_interval
+from minicot.metrics import accuracy, assessment, assessment_accuracy, degeneration, judge, majority_accuracy
+from minicot.metrics import mean_interval
 from minicot.metrics import paired_difference, pass_at_k, perplexity, repeated_4grams, rerank_accuracy
-from minicot.metrics import share_with_pair, verdict
+from minicot.metrics import ratio_values, share_with_pair, verdict
 
 
 def better_of(rewards):
@@ -71,9 +71,8 @@ def test_bootstrap_agrees_with_the_exact_distribution_of_resamples():
         for rows in itertools.product(range(2), repeat=2)
         for columns in itertools.product(range(2), repeat=2)
     ]
-    found = mean_interval(d, resamples=40_000)
     exact = np.quantile(np.repeat(means, 1000), [0.025, 0.975])
-    assert found == (2.0, pytest.approx(exact[0]), pytest.approx(exact[1]))
+    assert mean_interval(d, resamples=40_000) == (2.0, pytest.approx(exact[0]), pytest.approx(exact[1]))
 
 
 def test_seeds_add_their_own_uncertainty():
@@ -173,6 +172,57 @@ def test_rerank_accuracy_by_hand():
     assert rerank_accuracy(scores, correct) == (1 + 0 + 0.5 + 0) / 4
 
 
+def test_ratio_values_have_the_ratio_as_their_mean_and_its_spread():
+    """1 of 2 and 4 of 4: the ratio is 5/6, not the mean of the two shares; delete-one pulls by hand."""
+    values = ratio_values([[1, 2], [4, 4]])
+    assert values == [pytest.approx(5 / 6 + (1 - 10 / 6) / 3), pytest.approx(5 / 6 + (4 - 20 / 6) / 3)]
+    assert sum(values) / 2 == pytest.approx(5 / 6)
+    assert ratio_values([[3, 4]] * 5) == pytest.approx([0.75] * 5)  # equal problems: no doubt
+    drawn = np.random.default_rng(0).integers(1, 30, 4000)
+    counts = np.stack([np.random.default_rng(1).binomial(drawn, 0.7), drawn], 1)
+    means = [c[:, 0].sum() / c[:, 1].sum() for c in counts.reshape(40, 100, 2)]
+    expected = np.std([np.mean(ratio_values(c)) for c in counts.reshape(40, 100, 2)])
+    assert np.std(means) == pytest.approx(expected)
+    _, low, high = mean_interval([ratio_values(counts)])
+    assert (high - low) / 2 == pytest.approx(1.96 * np.std(means) / np.sqrt(40), rel=0.3)
+
+
+def test_assessment_numbers_by_hand():
+    """Problem a: right at -1, wrong at -2 and -0.5: 1 of 2 pairs, a wrong one on top. b: right alone. c: two
+    right over one wrong: 2 of 2."""
+    judged = {
+        "scores": [[-1.0, -2.0, -0.5], [-3.0], [-1.0, -1.5, -4.0]],
+        "tokens": [[2, 1, 4], [1], [2, 2, 1]],
+        "rewards": [[1.0, 0.0, 0.0], [1.0], [1.0, 1.0, 0.0]],
+        "correct": [[True, False, False], [True], [True, True, False]],
+        "reference_nlls": [0.5, 1.5],
+    }
+    numbers = assessment(judged)
+    assert numbers["ordered_pairs"] == [[1, 2], [0, 0], [2, 2]] and numbers["pairs"] == 4
+    assert numbers["assessment_accuracy"] == pytest.approx(3 / 4) and numbers["problems"] == 3
+    assert numbers["share_with_pair"] == numbers["rerank_accuracy"] == pytest.approx(2 / 3)
+    assert numbers["perplexity_right"] == pytest.approx(math.exp((2 + 3 + 2 + 3) / 7))
+    assert numbers["perplexity_wrong"] == pytest.approx(math.exp((2 + 2 + 4) / 6))
+    assert numbers["reference_nll"] == 1.0
+
+
+def test_an_assessment_of_nothing_is_none():
+    judged = {
+        "scores": [[-1.0, -2.0]],
+        "tokens": [[2, 1]],
+        "rewards": [[1.0, 0.0]],
+        "correct": [[None, None]],
+    }
+    numbers = assessment(judged | {"reference_nlls": []})
+    assert numbers["assessment_accuracy"] == 1.0 and numbers["reference_nll"] is None
+    assert numbers["rerank_accuracy"] is numbers["perplexity_right"] is numbers["perplexity_wrong"] is None
+    numbers = assessment(
+        judged | {"rewards": [[0.0, 0.0]], "correct": [[False, False]], "reference_nlls": []}
+    )
+    assert numbers["assessment_accuracy"] is numbers["low"] is numbers["high"] is None
+    assert numbers["pairs"] == 0 and numbers["perplexity_wrong"] == pytest.approx(math.exp(4 / 3))
+
+
 # -------------------------------------------------- degeneration
 
 
@@ -189,8 +239,8 @@ def test_repeated_4grams_by_hand():
 
 
 def test_degeneration_by_hand():
-    found = degeneration([[7] * 10, [1, 2, 3, 4]], [None, "3"])
-    assert found == {"missing_answers": 0.5, "mean_length": 7.0, "repeated_4grams": pytest.approx(3 / 7)}
+    signs = degeneration([[7] * 10, [1, 2, 3, 4]], [None, "3"])
+    assert signs == {"missing_answers": 0.5, "mean_length": 7.0, "repeated_4grams": pytest.approx(3 / 7)}
 
 
 # -------------------------------------------------- bad input
@@ -226,6 +276,7 @@ def test_degeneration_by_hand():
         (lambda: rerank_accuracy(np.zeros((0, 2)), np.zeros((0, 2))), r"scores \(0, 2\)"),
         (lambda: rerank_accuracy([[1.0]], [[1]], [[False]]), "problem 0 has no response"),
         (lambda: rerank_accuracy([[1.0, math.nan]], [[1, 0]]), r"scores\[0, 1\] is nan"),
+        (lambda: ratio_values([[0, 0], [0, 0]]), "a ratio to nothing: 2 problems, all of size 0"),
         (lambda: perplexity([[], []]), "perplexity of no token"),
         (lambda: degeneration([], []), "0 responses with 0 answers"),
         (lambda: degeneration([[1]], ["1", "2"]), "1 responses with 2 answers"),
@@ -249,12 +300,3 @@ def test_a_claim_is_judged_by_its_rule():
     )
     alone = judge("below 0.4", low)
     assert alone["verdict"] == "holds" and alone["difference"] == 0.25 and alone["problems"] == 200
-
-
-def test_a_ratio_has_no_spread_where_every_problem_has_it_and_is_not_the_mean_of_ratios():
-    assert ratio_numbers([[1, 2], [2, 4], [5, 10]]) == [0.5] * 3
-    found = ratio_numbers([[1, 1], [0, 3], [2, 4]])
-    assert sum(found) / 3 == pytest.approx(3 / 8)  # 3 of 8 pairs
-    # by hand: ratio 3/8, mean pairs 8/3; (right - 3/8 n) / (8/3) = 5/8, -9/8, 1/2, each times 3/8
-    assert found == pytest.approx([3 / 8 + 15 / 64, 3 / 8 - 27 / 64, 3 / 8 + 12 / 64])
-    assert ratio_numbers([0.5, 1]) == [0.5, 1]

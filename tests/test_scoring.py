@@ -1,16 +1,22 @@
 """score() against its plain twin: the same numbers and gradients, from fewer tokens and no unread logits."""
 
 import itertools
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
+from torch.nn.attention.flex_attention import create_block_mask
+
 from minicot import scoring
 from minicot.data import Row, collate, to_groups
 from minicot.losses import aft_loss, better_than, sequence_logps, token_logps
-from minicot.model import ModelConfig, Transformer
-from minicot.scoring import TwoParts, chunked_logps, common_beginning, pack, score, score_plain
+from minicot.model import ModelConfig, Transformer, flex_attention
+from minicot.scoring import TwoParts, chunked_logps, common_beginning, hidden_at, hidden_plain, pack, score
+from minicot.scoring import score_plain
+from minicot.vision import VisionConfig, VisionLanguageConfig, VisionLanguageModel
+from tests.bench.memory import peak_of
 
 CONFIG = ModelConfig(
     model_type="llama",
@@ -67,13 +73,13 @@ def left_padded(batch):
 def both(batch, dtype=torch.float32):
     """(log-probabilities, gradients) by score and by its plain twin under a loss that weighs each token."""
     weights = torch.randn(batch.ids.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
-    found = []
+    results = []
     for function in (score, score_plain):
         policy = model(dtype)
         logps = function(policy, batch).masked_fill(~batch.loss_mask, 0)
         (logps * weights).sum().backward()
-        found.append((logps.detach(), [parameter.grad for parameter in policy.parameters()]))
-    return found
+        results.append((logps.detach(), [parameter.grad for parameter in policy.parameters()]))
+    return results
 
 
 @pytest.mark.parametrize("shape", [RAGGED, SFT, [(5, [4, 4])]], ids=["ragged", "one row a group", "a pair"])
@@ -114,6 +120,98 @@ def test_the_head_reads_only_what_predicts_a_scored_token():
     assert max(seen) == int(batch.loss_mask.sum())
 
 
+def test_a_scored_first_token_is_refused():
+    batch = collate(groups(SFT), pad_id=0)
+    batch.loss_mask[1, 0] = True
+    with pytest.raises(AssertionError, match="nothing stands before it"):
+        score(model(), batch)
+
+
+# ---- hidden states at places ---------------------------------------------------------------------
+
+IMAGE_ID = 59
+VISION = VisionLanguageConfig(
+    CONFIG,
+    VisionConfig(
+        model_type="clip_vision_model",
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        num_channels=3,
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-5,
+    ),
+    IMAGE_ID,
+    vision_feature_layer=-1,
+)
+
+
+def with_pictures(dtype):
+    """(model, batch): RAGGED's groups; the first has two pictures in its prompt, the last one, the others
+    none."""
+    pictures, made = [2, 0, 0, 1], groups([(p, [r for r in rs]) for p, rs in RAGGED])
+    n = VISION.image_seq_length
+    for group, count in zip(made, pictures):
+        for k, row in enumerate(group):
+            ids = [1 + i % (IMAGE_ID - 1) for i in row.ids]  # no placeholder by chance
+            ids = [*ids[:1], *[IMAGE_ID] * (n * count), *ids[1:]]
+            group[k] = replace(row, ids=ids, n_prompt=row.n_prompt + n * count)
+    batch, draw = collate(made, pad_id=0), torch.Generator().manual_seed(7)
+    images = torch.randn(sum(pictures), 3, 8, 8, generator=draw, dtype=dtype)
+    of = torch.tensor([b for b, count in enumerate(pictures) for _ in range(count)])
+    made = VisionLanguageModel(VISION, torch.Generator().manual_seed(0)).to(dtype)
+    return made, replace(batch, images=images, image_group=of)
+
+
+def places_of(batch, kind):
+    """(N,T) bool: the real tokens that a head might stand on."""
+    real, first = batch.pad_mask, torch.zeros_like(batch.pad_mask)
+    n, count = torch.arange(len(real)), real.sum(1)
+    pads_before = (real.int().argmax(1)).long()  # left padding
+    if kind == "first":
+        first[n, pads_before] = True
+    elif kind == "last":
+        first[n, pads_before + count - 1] = True
+    elif kind == "prompt":  # shared by a group, two rows of which are asked, and not the same tokens
+        first = real & ~batch.loss_mask & (n % 2 == 0)[:, None]
+    elif kind == "random":
+        first = real & (torch.rand(real.shape, generator=torch.Generator().manual_seed(3)) < 0.3)
+    return first if kind != "all" else real
+
+
+@pytest.mark.parametrize("kind", ["first", "last", "prompt", "random", "all"])
+@pytest.mark.parametrize("sees", [False, True], ids=["text", "pictures"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_hidden_states_at_places_equal_the_padded_forward_with_gradients(kind, sees, side):
+    policy, batch = (
+        with_pictures(torch.float64) if sees else (model(torch.float64), collate(groups(RAGGED), 0))
+    )
+    batch = left_padded(batch) if side == "left" else batch
+    places, results = places_of(batch, kind), []
+    for hidden in (lambda: hidden_at(policy, batch, places), lambda: hidden_plain(policy, batch)[places]):
+        policy.zero_grad()
+        states = hidden()
+        (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum().backward()
+        grads = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+        results.append((states.detach(), grads))
+    assert len(results[0][0]) == int(places.sum()) > 0
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+def test_places_that_are_no_tokens_are_refused():
+    batch = collate(groups(SFT), pad_id=0)
+    with pytest.raises(AssertionError, match="a place is padding"):
+        hidden_at(model(), batch, torch.ones_like(batch.pad_mask))
+    with pytest.raises(AssertionError, match=r"places \(3, 2\), ids \(3, 11\)"):
+        hidden_at(model(), batch, batch.pad_mask[:, :2])
+
+
+# ---- the mask ------------------------------------------------------------------------------------
+
+
 def test_each_token_sees_its_prompt_and_its_own_row_alone():
     packed = pack(collate(groups([(2, [1, 2]), (1, [2])]), pad_id=0))
     expected = [
@@ -141,6 +239,71 @@ def test_two_parts_and_flex_attention_agree_with_the_dense_mask():
     torch.testing.assert_close(flex, dense, rtol=1e-5, atol=1e-5)
 
 
+def in_one_piece(packed):
+    """The oracle of block_mask: PyTorch's own, which makes the (L,L) mask."""
+    L = len(packed.row)
+    return create_block_mask(packed.visible(), None, None, L, L, device="cpu")
+
+
+def random_shape(draw):
+    """Groups of random sizes, of one row to five, with short and long prompts and responses."""
+    size = lambda low, high: int(torch.randint(low, high, (1,), generator=draw))
+    longest = (4, 40, 250)[size(0, 3)]
+    return [(size(1, longest), [size(1, longest) for _ in range(size(1, 6))]) for _ in range(size(1, 8))]
+
+
+def test_the_block_mask_made_by_blocks_is_the_one_made_whole(monkeypatch):
+    draw, lengths, counts = torch.Generator().manual_seed(5), set(), [0, 0]
+    shapes = [random_shape(draw) for _ in range(10)] + [[(100, [28])], [(700, [300, 24])], [(1, [127, 128])]]
+    for shape in shapes:
+        packed = pack(collate(groups(shape), pad_id=0))
+        whole, at = in_one_piece(packed), torch.arange(len(packed.row))
+        for entries in (1, 5 * 128 * 128, 2**24):  # one block of queries at a time, a few, all
+            monkeypatch.setattr(scoring, "MASK", entries)
+            ours = packed.block_mask()
+            assert ours.seq_lengths == whole.seq_lengths and ours.BLOCK_SIZE == whole.BLOCK_SIZE
+            names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+            for name in (*names, *(name.replace("kv", "q") for name in names)):
+                mine, theirs = getattr(ours, name), getattr(whole, name)
+                assert mine.dtype == theirs.dtype and torch.equal(mine, theirs), (name, shape)
+            assert torch.equal(ours.to_dense(), whole.to_dense())
+            assert torch.equal(ours.mask_mod(None, None, at[:, None], at), packed.dense_mask())
+        lengths.add(len(at) % 128)
+        counts = [counts[0] + int(whole.kv_num_blocks.sum()), counts[1] + int(whole.full_kv_num_blocks.sum())]
+    assert 0 in lengths and min(counts) > 20, (
+        counts
+    )  # the last block ends the row or not; blocks of each kind
+
+
+def test_the_block_mask_of_a_long_row_takes_little_memory():
+    """12,000 tokens: made whole it takes 10.5 bytes a pair of tokens, 1.5 GB; 52,000 took 28 GB."""
+    packed = pack(collate(groups([(2000, [500] * 20)]), pad_id=0))
+    assert len(packed.row) == 12_000
+    _, bytes_held = peak_of(packed.block_mask)
+    assert bytes_held < 300e6, bytes_held
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_flex_attention_compiled_agrees_with_the_dense_mask():
+    """On a CPU, forward alone: what CUDA runs, but for the kernel. From the third length on, nothing is
+    compiled anew."""
+    policy, compiled, graphs = model(), flex_attention(True), []
+    for shape in ([(150, [90, 30, 200])], [(300, [90] * 5), (20, [3])], [(200, [170, 80])]):
+        packed = pack(collate(groups(shape), pad_id=0))
+        block_mask = packed.block_mask()
+        flex = lambda q, k, v: compiled(q, k, v, block_mask=block_mask, enable_gqa=True)
+        with torch.no_grad():
+            dense, parts = (
+                policy.hidden_states(
+                    policy.embed(packed.ids), positions=packed.positions, attention=attention
+                )
+                for attention in (packed.dense_mask(), flex)
+            )
+        torch.testing.assert_close(parts, dense, rtol=1e-5, atol=1e-5)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[1] == graphs[2]
+
+
 def test_responses_that_begin_alike_share_no_scored_token():
     row = lambda *response: Row("p", [5, 6, *response], 2)
     packed = pack(collate([[row(7, 8, 9), row(7, 8, 4)]], pad_id=0))
@@ -162,7 +325,7 @@ def test_chunks_change_neither_values_nor_gradients(chunk, monkeypatch):
     monkeypatch.setattr(scoring, "CHUNK", chunk)
     draw = torch.Generator().manual_seed(3)
     weight, hidden = torch.randn(60, 16, generator=draw), torch.randn(23, 16, generator=draw)
-    ids, found = torch.randint(0, 60, (23,), generator=draw), []
+    ids, results = torch.randint(0, 60, (23,), generator=draw), []
     for chunks in (True, False):
         w, h = weight.clone().requires_grad_(), hidden.clone().requires_grad_()
         head = lambda x: x @ w.T
@@ -172,14 +335,14 @@ def test_chunks_change_neither_values_nor_gradients(chunk, monkeypatch):
             logits, shifted = torch.cat([head(h), head(h)[:1]]), torch.cat([ids[:1], ids])
             logps = token_logps(logits[None], shifted[None])[0, 1:]
         logps.square().sum().backward()
-        found.append((logps.detach(), w.grad, h.grad))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-4)
+        results.append((logps.detach(), w.grad, h.grad))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
 
 
 def test_a_chunk_keeps_no_logits_for_backward(monkeypatch):
     monkeypatch.setattr(scoring, "CHUNK", 60 * 4)
-    kept = []
+    saved = []
     weight, hidden = torch.randn(60, 16, requires_grad=True), torch.randn(64, 16, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.numel()), x)[1], lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x.numel()), x)[1], lambda x: x):
         chunked_logps(lambda x: x @ weight.T, hidden, torch.zeros(64, dtype=torch.long))
-    assert max(itertools.chain(kept, [0])) <= 64 * 16 + 60 * 16
+    assert max(itertools.chain(saved, [0])) <= 64 * 16 + 60 * 16

@@ -39,8 +39,7 @@ from types import SimpleNamespace
 import torch
 
 from minicot.errors import InputError
-from minicot.metrics import ratio_numbers
-from minicot.recipes.tables import judge_all, pack, read_results, sides, tables, write_page
+from minicot.recipes.tables import judge_all, pack, per_problem, read_results, sides, tables, write_page
 from minicot.sets import TOYS, read_problems, refuse_shared
 from minicot.training import ROOT, resolve, weights_digest, write_json, write_jsonl
 
@@ -250,7 +249,7 @@ class Experiment:
         for reading, wanted in self.reads.get(cell.name, []):
             for name, value in take(self.path(reading, seed), wanted).items():
                 if isinstance(value, list):
-                    lists[name], value = value, sum(ratio_numbers(value)) / len(value)
+                    lists[name], value = value, sum(per_problem(value)) / len(value)
                 metrics[name] = round(value, 5)
         row = {"name": cell.name, "seed": seed, "settings": self.setting(cell), "metrics": metrics}
         return row | {"lists": lists} | ({"table": cell.table} if cell.table else {})

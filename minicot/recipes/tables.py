@@ -7,7 +7,7 @@ Results: {command, commit, commits, device, minutes, cell_minutes, world, sizes,
 import json
 
 from minicot.errors import InputError
-from minicot.metrics import judge, paired_difference, ratio_numbers
+from minicot.metrics import judge, paired_difference, ratio_values
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 INTERVAL = "{:+.1%} [{:+.1%}, {:+.1%}]"
@@ -55,6 +55,11 @@ def unpack(packed):
     return [int(bit) for bit in f"{int(packed, 16):b}"[1:]]
 
 
+def per_problem(values):
+    """Numbers whose mean is the metric; of [right, of how many] the ratio of the sums (linearised)."""
+    return ratio_values(values) if values and isinstance(values[0], list) else values
+
+
 def numbers(results, model, metric):
     """(seeds, problems) numbers of a metric, whose mean it is; [] where the model was not run. InputError
     where a seed is missing. A metric of several ("direct+cot") is their mean."""
@@ -65,7 +70,7 @@ def numbers(results, model, metric):
     if [row["seed"] for row in rows] != list(range(len(rows))):
         raise InputError(f"cell {model} has the seeds {[row['seed'] for row in rows]}; allowed: 0, 1, 2, ...")
     lists = [row["lists"].get(metric) for row in rows]
-    return [] if None in lists else [ratio_numbers(unpack(packed)) for packed in lists]
+    return [] if None in lists else [per_problem(unpack(packed)) for packed in lists]
 
 
 def judge_all(results, all_claims):

@@ -1,14 +1,11 @@
-"""Speed and memory beside peers: python -m tests.bench [cpu|cuda] [--only REGEX] [--rounds N] [--json FILE]
+"""Speed and memory beside peers: python -m tests.bench [cpu|cuda] [--only REGEX] [--rounds N] [--write]
 
-One Markdown table. A row races minicot against peers on the same weights and the same batch, all sides in
-turn in one process (A B C A B C ...), so that a noisy machine hits all of them. What is printed is the ratio
-theirs / ours (above 1: minicot is faster, or takes less memory), min / median / max over the rounds, and our
-tokens a second: for a step, the prompt and response tokens of all its rows, shared or not; for generation,
-the new ones. sides.py says what each side computes; before a step is timed, all sides' losses and gradients
-are checked to agree.
+Prints one Markdown table; a whole run with --write also becomes results.json and README.md beside this file.
+That page says what is raced and how to read it, sides.py what each side computes.
 
 CPU: float32. CUDA: steps in bfloat16 autocast over float32 weights, generation with bfloat16 weights.
-TRL needs tests/bench/requirements.txt; without it its rows say so. No timed test: this is a table to read.
+TRL needs tests/bench/requirements.txt; without it there are no rows of it. No timed test: this is a table to
+read.
 P prompt tokens   R response tokens   K responses a prompt   n samples a prompt   V vocabulary
 """
 
@@ -23,14 +20,22 @@ import importlib.util
 import json
 import re
 import statistics
+import subprocess
 import time
 import warnings
 
 import torch
 
 from minicot.sampling import generate
-from tests.bench import memory
-from tests.bench.sides import EYES, check_same_work, gsm8k_lengths, make_batch, make_sides, multiplications
+from tests.bench import memory, page
+from tests.bench.sides import (
+    WITH_TOWER,
+    check_same_work,
+    gsm8k_lengths,
+    make_batch,
+    make_sides,
+    multiplications,
+)
 from tests.bench.sides import our_model, step, their_model
 
 
@@ -131,10 +136,10 @@ def generation_row(model, device, rounds, *, prompts, P, n, new):
     ids = torch.randint(1, ours.config.vocab_size, (prompts, P), generator=torch.Generator().manual_seed(1))
     few = ids[:2, :16]
     greedy = generate(ours, few.tolist(), n=2, max_new_tokens=8, temperature=0, stop_ids=[], seed=0)
-    found = theirs.generate(
+    drawn = theirs.generate(
         few.to(device), attention_mask=torch.ones_like(few).to(device), do_sample=False, max_new_tokens=8
     )
-    assert greedy == [[row, row] for row in found[:, few.shape[1] :].tolist()], "greedy ids differ"
+    assert greedy == [[row, row] for row in drawn[:, few.shape[1] :].tolist()], "greedy ids differ"
     if device.type == "cuda":
         ours, theirs = ours.bfloat16(), theirs.bfloat16()
     there = dict(input_ids=ids.to(device), attention_mask=torch.ones_like(ids).to(device))
@@ -200,7 +205,7 @@ def table(device):
     for model in (toy, large):
         B, n_rows = scale * (2 if model == toy else 1), 16 * (4 if cuda else 1)
         rows.append((sft_row, [model], dict(rows=n_rows)))
-        rows.append((sft_row, [model + EYES], dict(rows=n_rows)))
+        rows.append((sft_row, [model + WITH_TOWER], dict(rows=n_rows)))
         for P in (64, 512):
             rows.append((group_row, ["DPO", model], dict(B=2 * B, K=2, P=P, R=128, peers=both + trl)))
         for P in (64, 512, 1024):
@@ -214,30 +219,40 @@ def table(device):
         for work, K, groups, peers in (("DPO", 2, 2 * B, plain + trl), ("group", 8, B, plain)):
             rows.append((memory_row, [work, model], dict(rows=groups * K, K=K, P=512, R=128, peers=peers)))
         rows.append(
-            (memory_row, ["SFT", model + EYES], dict(rows=n_rows, K=1, P="GSM8K", R="GSM8K", peers=plain))
+            (
+                memory_row,
+                ["SFT", model + WITH_TOWER],
+                dict(rows=n_rows, K=1, P="GSM8K", R="GSM8K", peers=plain),
+            )
         )
     if not cuda:  # all layers: the head weighs less, as it does on a GPU
         rows.append((group_row, ["group", "SmolLM2-135M"], dict(B=1, K=8, P=512, R=128, peers=["padded"])))
     return rows
 
 
-# ---- printing ------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------
 
 
-def line(result):
-    """A result -> its line of the table."""
-    low, middle, high = result["ratio"]
-    bound = " / ".join(f"{bound:.2f}" for bound in result.get("bounds", {}).values())
-    reached = " / ".join(f"{share:.0%}" for share in result.get("reached", {}).values())
-    ours, theirs = (statistics.median(result[side]) for side in ("ours", "theirs"))
-    if result["unit"] == "bytes":
-        values = f"{middle:.2f} | | | {ours / 2**20:,.0f} MiB | {theirs / 2**20:,.0f} MiB |"
-    else:
-        values = (
-            f"{low:.2f} / {middle:.2f} / {high:.2f} | {bound} | {reached} | {ours:.3g} s, "
-            f"{result['tokens_per_second']:,.0f} tokens/s | {theirs:.3g} s |"
-        )
-    return f"| {result['work']} | {result['model']} | {result['shape']} | {result['peer']} | {values}"
+def name_of(function, first, other):
+    """What --only searches and --list shows."""
+    sizes = [f"{key}={value}" for key, value in other.items() if key in ("rows", "K", "P", "R", "n")]
+    return " ".join([function.__name__, *first, *sizes])
+
+
+def about(kind, rounds):
+    """Where a run comes from: command, commit, device, dtype, versions."""
+    cuda = kind == "cuda"
+    git = ["git", "-C", str(page.FOLDER), "describe", "--always", "--dirty"]
+    return {
+        "command": f"python -m tests.bench {kind} --rounds {rounds} --write",
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown",
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "dtype": "bfloat16 autocast (generation: bfloat16 weights)" if cuda else "float32",
+        "versions": {
+            name: importlib.metadata.version(name) if importlib.util.find_spec(name) else None
+            for name in ("torch", "transformers", "trl")
+        },
+    }
 
 
 def main(argv=None):
@@ -246,55 +261,35 @@ def main(argv=None):
     parser.add_argument("--only", default="", help="run the rows whose name matches; --list shows the names")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--write", action="store_true", help="keep a whole run: results.json and README.md")
+    parser.add_argument("--page", action="store_true", help="make README.md from results.json, run nothing")
     args = parser.parse_args(argv)
+    if args.write and args.only:
+        parser.error("--write keeps a whole run; allowed: without --only")
+    if args.write or args.page:
+        try:
+            page.hand_written()  # before hours of work
+        except ValueError as error:
+            parser.error(str(error))
+    if args.page:
+        page.write_page()
+        return
     device = torch.device(args.device)
-    named = [
-        (
-            " ".join(
-                [
-                    function.__name__,
-                    *first,
-                    *(
-                        f"{key}={value}"
-                        for key, value in other.items()
-                        if key in ("rows", "K", "P", "R", "n")
-                    ),
-                ]
-            ),
-            function,
-            first,
-            other,
-        )
-        for function, first, other in table(device)
-    ]
+    named = [(name_of(*row), *row) for row in table(device)]
     chosen = [row for row in named if re.search(args.only, row[0])]
     if args.list or not chosen:
         print("\n".join(row[0] for row in named))
         return
-    versions = {
-        name: importlib.metadata.version(name) if importlib.util.find_spec(name) else None
-        for name in ("torch", "transformers", "trl")
-    }
-    cuda = args.device == "cuda"
-    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    dtype = "bfloat16 autocast (generation: bfloat16 weights)" if cuda else "float32"
-    note = "" if versions["trl"] else "; TRL is not installed (tests/bench/requirements.txt): no rows of it"
-    print(f"{where}; {dtype}; " + ", ".join(f"{name} {v}" for name, v in versions.items() if v) + note + "\n")
-    print(
-        "| work | model | shape | peer | theirs / ours, min / median / max | bound: tokens / work "
-        "| reached | minicot | peer |\n|---|---|---|---|---|---|---|---|---|"
-    )
+    run = about(args.device, args.rounds) | {"rows": []}
+    print(json.dumps({key: value for key, value in run.items() if key not in ("command", "rows")}))
+    print(f"\n{page.HEADER}")
     warnings.filterwarnings("ignore")  # peers' advice would fall into the table
-    results = []
     for _, function, first, other in chosen:
         for result in function(*first, device, args.rounds, **other):
-            print(line(result), flush=True)
-            results.append(result)
-    if args.json:
-        about = dict(device=where, dtype=dtype, versions=versions, rows=results)
-        with open(args.json, "w") as file:
-            json.dump(about, file, indent=1)
+            print(page.line(result), flush=True)
+            run["rows"].append(result)
+    if args.write:
+        page.write_results(args.device, run)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,15 @@ def resident(field):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
+def peak_of(work):
+    """(what work() returns, the most bytes that this process held meanwhile above those it held before)."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # sets VmHWM to VmRSS
+    before = resident("VmRSS")
+    result = work()
+    return result, resident("VmHWM") - before
+
+
 def peak_here(work, model, lengths, side, device):
     """Bytes that a step holds at its highest above what stood before it (weights, batch): activations,
     gradients and logits. A small step goes before it, so that libraries have set themselves up."""
@@ -30,11 +39,7 @@ def peak_here(work, model, lengths, side, device):
         before = torch.cuda.memory_allocated()
         step(policy, loss)
         return torch.cuda.max_memory_allocated() - before
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # sets VmHWM to VmRSS
-    before = resident("VmRSS")
-    step(policy, loss)
-    return resident("VmHWM") - before
+    return peak_of(lambda: step(policy, loss))[1]
 
 
 def peak(**job):

@@ -97,16 +97,16 @@ TOWERS = {
         **CLIP,
     ),
 }
-EYES = ", CLIP tower"  # "toy 1M, CLIP tower": the model with its TOWERS; 64 and 196 tokens
+WITH_TOWER = ", CLIP tower"  # "toy 1M, CLIP tower": the model with its TOWERS; 64 and 196 tokens
 PLACEHOLDER = 1
 MODELS |= {
-    name + EYES: VisionLanguageConfig(MODELS[name], vision, PLACEHOLDER, vision_feature_layer=-1)
+    name + WITH_TOWER: VisionLanguageConfig(MODELS[name], vision, PLACEHOLDER, vision_feature_layer=-1)
     for name, vision in TOWERS.items()
 }
 
 
 def our_model(name, device):
-    kind = VisionLanguageModel if name.endswith(EYES) else Transformer
+    kind = VisionLanguageModel if name.endswith(WITH_TOWER) else Transformer
     return kind(MODELS[name], torch.Generator().manual_seed(0)).to(device)
 
 
