@@ -313,9 +313,13 @@ def main(config):
         evaluate(config, draw, problems, folder)
     elif config.out:
         free = ("out", "overwrite", "limit", "batch_size")  # may change when sampling goes on
-        kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
-        kept |= {"model": str(folder), "weights": weights_digest(folder), "tokenizer": tokenizer.fingerprint}
-        sampled = write_samples(config.out, draw, problems, kept, config.overwrite)
+        recorded = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
+        recorded |= {
+            "model": str(folder),
+            "weights": weights_digest(folder),
+            "tokenizer": tokenizer.fingerprint,
+        }
+        sampled = write_samples(config.out, draw, problems, recorded, config.overwrite)
         graded = [r.correct for samples in sampled for r in samples.responses if r.correct is not None]
         share = f", {sum(graded) / len(graded):.1%} of them right" if graded else ""
         print(f"{len(sampled)} problems, {config.n} responses each{share} -> {config.out}")

@@ -116,6 +116,7 @@ ITEM_TYPES = {
     "scores": NUMBER,
     "responses": OBJECT,
 }
+AS_IS = json.JSONEncoder(ensure_ascii=False)
 WORDS = {
     str: "text",
     int: "a number",
@@ -154,11 +155,16 @@ def expected(name, fields):
 
 def refuse_surrogates(row, where):
     """JSON may spell half of a character, "\\ud800", which no file and no tokenizer takes."""
-    for name, value in row.items():
-        try:
-            json.dumps({name: value}, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise InputError(f"{where}: field {name!r} holds a lone surrogate, which is no text") from None
+    if not writable(row):
+        name = next(name for name, value in row.items() if not writable({name: value}))
+        raise InputError(f"{where}: field {name!r} holds a lone surrogate, which is no text")
+
+
+def writable(value):
+    try:
+        return AS_IS.encode(value).encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 # ---- JSON objects -> records ---------------------------------------------------------------------
