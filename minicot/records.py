@@ -244,7 +244,7 @@ def samples_from_row(row, where, line_number):
     if "responses" not in fields:
         raise InputError(f"{where}: no field 'responses'; found {sorted(row)}")
     responses = [response_from_row(response, where) for response in fields["responses"]]
-    return Samples(problem, responses, fields.get("error"))
+    return Samples(problem, responses, fields.get("error") or None)
 
 
 def pair_from_trl(row, where):
