@@ -29,7 +29,7 @@ from minicot.sets import default_length
 from minicot.data import peek, schedule, seed_of
 from minicot.records import read_samples, samples_to_row
 from minicot.sets import read_problems, refuse_shared
-from minicot.data import target, text_room, to_groups, truncate_words
+from minicot.data import longest_row, target, to_groups, truncate_words
 from minicot.sets import style_of
 from minicot.losses import aft_loss, better_than, dpo_loss, ipo_loss, pro_loss, rrhf_loss, sequence_logps
 from minicot.losses import sft_loss
@@ -294,7 +294,7 @@ def main(config):
     if not samples:
         drawn = sample_groups(model, tokenizer, problems, n=config.k, seed=config.seed, **settings)
         samples = list(tqdm(drawn, total=len(problems), desc="sampling", unit="problem", disable=None))
-    room = text_room(context, problems, reader)
+    room = longest_row(context, problems, reader)
     groups, counts = read_groups(config, method, samples, tokenizer, room)
     check_pictures(groups, reader, config.samples or data)
     check(

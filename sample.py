@@ -1,12 +1,14 @@
 """Answer a question, write K graded responses a problem, or evaluate a model.
 
-python sample.py                                            # worked solutions of held-out toy problems
-python sample.py "Tom has 3 apples. Ana has 4 more apples than Tom. How many apples does Ana have?"
-python sample.py --model runs/sft --split train --n 8 --out runs/samples.jsonl    # K = 8; may be resumed
-python sample.py --model runs/sft --evaluate --n 8             # accuracy, majority@8, pass@k
-python sample.py --image picture.png "How many apples does Tom have?"        # a vision-language model
-python sample.py --verifier runs/dpo --ref runs/sft --samples runs/samples.jsonl --out runs/scored.jsonl
-python sample.py --assess --model runs/sft --samples runs/samples.jsonl --out runs/assessed.json  # A-accuracy
+    python sample.py                                            # worked solutions of held-out toy problems
+    python sample.py "Tom has 3 apples. Ana has 4 more apples than Tom. How many apples does Ana have?"
+    python sample.py --model runs/sft --split train --n 8 --out runs/samples.jsonl    # K = 8; may be resumed
+    python sample.py --model runs/sft --evaluate --n 8             # accuracy, majority@8, pass@k
+    python sample.py --image picture.png "How many apples does Tom have?"        # a vision-language model
+    python sample.py --verifier runs/dpo --ref runs/sft --samples runs/samples.jsonl --out runs/scored.jsonl
+    python sample.py --assess --model runs/sft --samples runs/samples.jsonl --out runs/assessed.json
+
+`samples` is one problem's Samples, `sampled` a list or a stream of them.
 """
 
 import os
@@ -14,22 +16,26 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep, not spin
 
 import dataclasses
+import itertools
 import json
+import shutil
 import sys
+import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from minicot.answers import STYLES
 from minicot.config import SampleConfig, check, run
-from minicot.data import image_reader
+from minicot.data import grade_answers, image_reader, render
 from minicot.errors import InputError
-from minicot.records import Problem, read_samples, samples_to_row
-from minicot.sets import default_length, read_problems
-from minicot.sets import style_of
 from minicot.metrics import accuracy, assessment, degeneration, majority_accuracy, pass_at_k
+from minicot.records import Problem, read_samples, samples_to_row
 from minicot.sampling import sample_groups
+from minicot.sets import default_length, read_problems, style_of
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures
 from minicot.training import pick_device, resolve, train_first, weights_digest, write_json, write_jsonl
@@ -43,38 +49,72 @@ def find_model(folder):
     return resolve(folder or ("runs/aft" if aligned else train_first()))
 
 
-def step_grade(problem, text):
-    """The step oracle's grade in [0, 1]: ranking feedback, as in the AFT paper's GSM8K-RANK."""
-    return pictures.grade(problem.id, text)
+def grade_steps(sampled, *, mode, style):
+    """A grader: final answers, and the toy step oracle's grade in [0, 1] as reward, as AFT's GSM8K-RANK."""
+    graded = []
+    for samples in grade_answers(sampled, mode=mode, style=style):
+        rewards = [pictures.grade(samples.problem.id, response.text) for response in samples.responses]
+        responses = [dataclasses.replace(r, reward=x) for r, x in zip(samples.responses, rewards)]
+        graded.append(dataclasses.replace(samples, responses=responses))
+    return graded
 
 
-def show(samples):
-    """A question and its responses: green where the answer is right, red where it is wrong."""
-    gold = f"   [gold: {samples.problem.answer}]" if samples.problem.answer else ""
-    print(f"\n{samples.problem.question}{gold}")
-    if samples.error:
-        print(f"\033[31m{samples.error}\033[0m")
-    for response in samples.responses:
-        colour = {True: 32, False: 31, None: 36}[response.correct]
-        cut = "" if response.finish == "stop" else "  (cut: too long)"
-        print(f"\033[{colour}m{response.text.strip()}\033[0m{cut}")
+def verdict(response):
+    """A response's grade in a word (none where it is not graded), and its colour on a terminal."""
+    unfinished = "cut" if response.finish == "length" else ""
+    if response.correct is None:
+        return unfinished, 36
+    if response.correct:
+        return "right", 32
+    return ("wrong" if response.answer is not None else unfinished or "no answer"), 31
 
 
-def report_unread(groups):
+def show(sampled):
+    """Print problems and their responses for a person to read, then how many are right. Coloured on a
+    terminal alone, and not where NO_COLOR is set."""
+    width, marks = shutil.get_terminal_size().columns, []
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+    def put(text, indent="", colour=None):
+        wrap = partial(textwrap.fill, width=width, initial_indent=indent, subsequent_indent=indent)
+        text = "\n".join(map(wrap, text.splitlines()))
+        print(f"\033[{colour}m{text}\033[0m" if coloured and colour else text)
+
+    for samples in sampled:
+        for turn in samples.problem.history or []:
+            put(f"{turn['role']}: {turn['content']}")
+        put(render(samples.problem, "plain"))
+        for name, _ in samples.problem.images:
+            put(f"picture: {name}")
+        if samples.problem.answer is not None:
+            put(f"gold answer: {samples.problem.answer}")
+        if samples.error:
+            put(samples.error, "  ", 31)
+        for response in samples.responses:
+            word, colour = verdict(response)
+            put(f"{word}:" if word else "", "  ", colour)
+            put(response.text.strip(), "    ", colour)
+        marks += [response.correct for response in samples.responses if response.correct is not None]
+        print()
+    if marks:
+        print(f"{sum(marks)} of {len(marks)} responses are right")
+
+
+def report_unread(sampled, then=""):
     """Say which problems had a picture that could not be read."""
-    unread = [samples for samples in groups if samples.error]
+    unread = [samples for samples in sampled if samples.error]
     if unread:
         print(
-            f"{len(unread)} problems without a response, as their picture can't be read; the first is "
-            f"{unread[0].problem.id!r}: {unread[0].error}"
+            f"{len(unread)} of {len(sampled)} problems without a response, as their picture can't be read"
+            f"{then}; the first is {unread[0].problem.id!r}: {unread[0].error}"
         )
 
 
 # ---- samples.jsonl -----------------------------------------------------------------------------------------
 
 
-def write_samples(path, groups, problems, settings, overwrite):
-    """Stream Samples to a JSON-lines file; problems that it holds already are not sampled again.
+def write_samples(path, draw, problems, settings, overwrite):
+    """Stream draw(problems) to a JSON-lines file; problems that it holds already are not sampled again.
     Settings stand beside it in <path>.settings.json; going on with other settings or another model is
     refused."""
     path, beside, done = Path(path), Path(f"{path}.settings.json"), set()
@@ -91,20 +131,15 @@ def write_samples(path, groups, problems, settings, overwrite):
     path.parent.mkdir(parents=True, exist_ok=True)
     left = [problem for problem in problems if problem.id not in done]
     print(f"{len(left)} problems to sample, {len(done)} are in {path} already")
-    stream = groups(left)
+    stream = draw(left)
     first = next(stream, None)  # what is there is only replaced once there is something new
     write_json(beside, settings)
     with open(path, "a" if done else "w", encoding="utf-8") as file:
-        for samples in tqdm(chain(first, stream), total=len(left), unit="problem", disable=None):
+        sampled = itertools.chain([first] if first else [], stream)
+        for samples in tqdm(sampled, total=len(left), unit="problem", disable=None):
             file.write(json.dumps(samples_to_row(samples), ensure_ascii=False) + "\n")
             file.flush()
     return read_samples(path)
-
-
-def chain(first, rest):
-    if first is not None:
-        yield first
-        yield from rest
 
 
 def drop_unfinished_line(path):
@@ -118,8 +153,9 @@ def drop_unfinished_line(path):
 # ---- evaluation --------------------------------------------------------------------------------------------
 
 
-def summarise(greedy, sampled):
-    """Metrics of greedy Samples (one response each) and, where there are any, of K sampled responses each."""
+def summarise(greedy, sampled, k):
+    """Metrics of greedy Samples (one response each) and, where there are any, of k sampled responses each. A
+    problem without a response counts as wrong."""
     responses = [samples.first for samples in greedy]
     share, low, high = accuracy([response.correct for response in responses])
     metrics = {
@@ -131,12 +167,11 @@ def summarise(greedy, sampled):
         "unfinished": sum(response.finish == "length" for response in responses) / len(responses),
     }
     if sampled:
-        k, counts = len(sampled[0].responses), [sum(r.correct for r in s.responses) for s in sampled]
+        counts = [sum(response.correct for response in samples.responses) for samples in sampled]
+        answers = [[response.answer for response in samples.responses] or [None] for samples in sampled]
         metrics |= {
             "k": k,
-            "majority": majority_accuracy(
-                [[r.answer for r in s.responses] for s in sampled], [s.problem.answer for s in sampled]
-            ),
+            "majority": majority_accuracy(answers, [samples.problem.answer for samples in sampled]),
             "pass": {
                 str(j): sum(pass_at_k(k, c, j) for c in counts) / len(counts)
                 for j in (2**i for i in range(14))
@@ -146,7 +181,7 @@ def summarise(greedy, sampled):
     return metrics
 
 
-def evaluate(config, groups, problems, folder):
+def evaluate(config, draw, problems, folder):
     """Greedy accuracy and, with --n over 1, majority@n and pass@k of the problems -> a file and two lines."""
     without = [problem.id for problem in problems if problem.answer is None]
     check(not without, "--evaluate", "given", f"problems with an answer ({len(without)} have none)")
@@ -155,8 +190,8 @@ def evaluate(config, groups, problems, folder):
     if out.exists() and not ours and not config.overwrite:
         raise InputError(f"--out {out} holds no results of sample.py; allowed: another file, --overwrite")
     watch = lambda stream: list(tqdm(stream, total=len(problems), unit="problem", disable=None))
-    greedy = watch(groups(problems, n=1, temperature=0.0))
-    metrics = summarise(greedy, watch(groups(problems)) if config.n > 1 else [])
+    greedy = watch(draw(problems, n=1, temperature=0.0))
+    metrics = summarise(greedy, watch(draw(problems)) if config.n > 1 else [], config.n)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(
         out,
@@ -178,7 +213,7 @@ def evaluate(config, groups, problems, folder):
     if config.n > 1:
         passes = ", ".join(f"pass@{k} {share:.1%}" for k, share in metrics["pass"].items())
         print(f"majority@{config.n} {metrics['majority']:.1%}; {passes}")
-    report_unread(greedy)
+    report_unread(greedy, " (they count as wrong)")
     print(f"{time.perf_counter() - start:.0f} s -> {out}")
 
 
@@ -189,8 +224,9 @@ def verify(config, device):
     """Score --samples by log pi - log pi_ref -> --out, and show how well choosing by it does."""
     for name in ("samples", "ref", "out"):
         check(getattr(config, name), f"--{name}", getattr(config, name), "a path, with --verifier")
-    groups = [samples for samples in read_samples(config.samples) if samples.responses]
-    check(groups, "--samples", config.samples, "samples with responses")
+    whole = read_samples(config.samples)
+    sampled = [samples for samples in whole if samples.responses]
+    check(sampled, "--samples", config.samples, "samples with responses")
     check(
         config.overwrite or not Path(config.out).exists(), "--out", config.out, "a new file, or --overwrite"
     )
@@ -208,16 +244,17 @@ def verify(config, device):
         model,
         ref,
         tokenizer,
-        groups,
+        sampled,
         name=name,
         mode=config.mode,
         words=config.truncate_words,
         reader=image_reader(model, tokenizer, folder),
         batch_size=config.batch_size,
     )
-    scored = list(tqdm(scored, total=len(groups), unit="problem", disable=None))
+    scored = list(tqdm(scored, total=len(sampled), unit="problem", disable=None))
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    write_jsonl(config.out, map(samples_to_row, scored))
+    of_id = {samples.problem.id: samples for samples in [*whole, *scored]}
+    write_jsonl(config.out, map(samples_to_row, of_id.values()))
     most = min(len(samples.responses) for samples in scored)
     if all(samples.problem.answer is not None for samples in scored):
         for n, ways in curves(scored, name, sizes=[2**i for i in range(14) if 2**i <= most]).items():
@@ -261,8 +298,11 @@ def assess_samples(config, device):
 
 
 def main(config):
-    on_toy = config.data in ("toy", "toy-pictures")
-    check(config.reward == "correct" or on_toy, "--reward", config.reward, "correct, for this --data")
+    on_toy = config.data in ("toy", "toy-pictures") and config.question is None
+    check(config.reward == "correct" or on_toy, "--reward", config.reward, "correct, but for toy problems")
+    check(config.question or not config.image, "--image", config.image, "nothing, without a question")
+    style = config.style or style_of(config.data)
+    check(style in STYLES, "--style", style, ", ".join(STYLES))
     check(
         config.verifier or not config.truncate_words,
         "--truncate-words",
@@ -295,33 +335,36 @@ def main(config):
     reader = image_reader(model, tokenizer, folder)
     settings = dict(
         mode=config.mode,
-        style=config.style or style_of(config.data),
+        style=style,
         top_k=config.top_k,
         top_p=config.top_p,
         seed=config.seed,
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens or default_length(config.data),
-        reward=step_grade if config.reward == "steps" else None,
+        grade=partial(grade_steps, mode=config.mode, style=style) if config.reward == "steps" else None,
         reader=reader and dataclasses.replace(reader, blind=config.blind),
     )
 
-    def groups(problems, n=config.n, temperature=config.temperature):
+    def draw(problems, n=config.n, temperature=config.temperature):
         return sample_groups(model, tokenizer, problems, n=n, temperature=temperature, **settings)
 
     if config.evaluate:
-        evaluate(config, groups, problems, folder)
+        evaluate(config, draw, problems, folder)
     elif config.out:
         free = ("out", "overwrite", "limit", "batch_size")  # may change when sampling goes on
-        kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
-        kept |= {"model": str(folder), "weights": weights_digest(folder), "tokenizer": tokenizer.fingerprint}
-        written = write_samples(config.out, groups, problems, kept, config.overwrite)
-        graded = [r.correct for samples in written for r in samples.responses if r.correct is not None]
+        recorded = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
+        recorded |= {
+            "model": str(folder),
+            "weights": weights_digest(folder),
+            "tokenizer": tokenizer.fingerprint,
+        }
+        sampled = write_samples(config.out, draw, problems, recorded, config.overwrite)
+        graded = [r.correct for samples in sampled for r in samples.responses if r.correct is not None]
         share = f", {sum(graded) / len(graded):.1%} of them right" if graded else ""
-        print(f"{len(written)} problems, {config.n} responses each{share} -> {config.out}")
-        report_unread(written)
+        print(f"{len(sampled)} problems, {config.n} responses each{share} -> {config.out}")
+        report_unread(sampled)
     else:
-        for samples in groups(problems, temperature=config.temperature if config.n > 1 else 0.0):
-            show(samples)
+        show(draw(problems, temperature=config.temperature if config.n > 1 else 0.0))
 
 
 if __name__ == "__main__":

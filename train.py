@@ -20,7 +20,7 @@ from minicot import plots
 from minicot.config import TrainConfig, check, run
 from minicot.data import IMAGE, check_pictures, collate, encode_row, fit, image_reader, peek
 from minicot.sets import read_problems
-from minicot.data import schedule, seed_of, target, text_room
+from minicot.data import longest_row, schedule, seed_of, target
 from minicot.sets import refuse_shared
 from minicot.losses import sft_loss
 from minicot.metrics import paired_difference
@@ -83,7 +83,7 @@ def main(config):
         f"one with ids below the model's vocab_size, {model.config.vocab_size}",
     )
     problems = read_problems(config.data, config.split, limit=config.limit)
-    max_length = min(config.max_length or context, text_room(context, problems, reader))
+    max_length = min(config.max_length or context, longest_row(context, problems, reader))
     rows, n_overlong = make_rows(tokenizer, problems, config, max_length)
     held_out, n_lost = [], 0
     if config.eval_split:

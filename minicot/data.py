@@ -3,16 +3,20 @@
     problems -> rows of token ids -> Batch                                         (train.py)
     Samples (a problem, K graded responses) -> groups of rows -> Batch             (align.py)
 
+`samples` is one problem's Samples, `sampled` a list of them (`pairs`, whose signature is fixed, calls its
+list samples); a `group` is a list of Rows of one problem, and Batch.group says which group a row is of.
 Letters: N rows, B groups (problems), K the largest group of the batch, T tokens of the longest row.
 """
 
 import hashlib
 import math
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from minicot.answers import extract_answer, is_correct
 from minicot.errors import InputError
@@ -29,19 +33,21 @@ COT_PROMPT, DIRECT_PROMPT = "\nThink step by step.", "\nAnswer briefly."
 
 def render(problem, mode):
     """Problem -> the user turn. Choices are lettered; the last line asks for a chain ("cot") or the bare
-    answer ("direct"); "plain" adds no such line. An empty question (a pretraining row) renders to nothing."""
+    answer ("direct"); "plain" adds no such line, nor has a problem that is `plain` one in any mode. An empty
+    question (a pretraining row) renders to nothing."""
     if not problem.question:
         return ""
-    placeholders = f"{IMAGE}\n" * len(problem.images)
+    turns = [turn["content"] for turn in problem.history or []] + [problem.question]
+    placeholders = "" if any(IMAGE in turn for turn in turns) else f"{IMAGE}\n" * len(problem.images)
     choices = "".join(f"\n({LETTERS[i]}) {choice}" for i, choice in enumerate(problem.choices or []))
-    question = problem.question if IMAGE in problem.question else placeholders + problem.question
-    return question + choices + {"cot": COT_PROMPT, "direct": DIRECT_PROMPT, "plain": ""}[mode]
+    ask = {"cot": COT_PROMPT, "direct": DIRECT_PROMPT, "plain": ""}[mode]
+    return placeholders + problem.question + choices + ("" if problem.plain else ask)
 
 
 def prompt_text(tokenizer, problem, mode):
-    """The user turn inside the folder's chat template, ready for the response."""
-    content = render(problem, mode)
-    return tokenizer.chat_prompt([{"role": "user", "content": content}]) if content else ""
+    """The user turn behind the turns before it, in the folder's chat template, ready for the response."""
+    asked = {"role": "user", "content": render(problem, mode)}
+    return tokenizer.chat_prompt([*(problem.history or []), asked]) if asked["content"] else ""
 
 
 def target(problem, mode):
@@ -66,7 +72,21 @@ def grade(problem, text, *, mode, style):
     return answer, None if problem.answer is None else is_correct(answer, problem.answer)
 
 
-# ---- rows and batches ----------------------------------------------------------------------------
+def grade_answers(sampled, *, mode, style):
+    """The grader by final answers: a list of Samples -> the same, each response with its `answer` and whether
+    that is `correct`.
+
+    A grader is any function from a list of Samples to graded Samples, in the same order: it gets many at
+    once, so that one that asks a model can do so in batches."""
+    graded = []
+    for samples in sampled:
+        marks = [grade(samples.problem, one.text, mode=mode, style=style) for one in samples.responses]
+        responses = [replace(r, answer=a, correct=c) for r, (a, c) in zip(samples.responses, marks)]
+        graded.append(replace(samples, responses=responses))
+    return graded
+
+
+# ---- rows ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -127,6 +147,123 @@ def fit(rows, max_length, overlong):
     return kept, len(long)
 
 
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """How a folder's model takes pictures: the placeholder's id, how many of them stand for a picture, the
+    picture's height and width in pixels, and what makes pixels of a file."""
+
+    token_id: int
+    n_tokens: int
+    side: int
+    processor: ImageProcessor
+    blind: bool = False  # control: grey pictures
+
+    def pixels(self, images):
+        """[(picture, root)] -> list of (C,H,W). InputError or OSError names the one that can't be read."""
+        opened = [
+            pictures.draw(name[4:]) if name.startswith("toy:") else load_image(name, root)
+            for name, root in images
+        ]
+        pixels = [self.processor(image) for image in opened]
+        for (name, _), (_, H, W) in zip(images, (one.shape for one in pixels)):
+            if (H, W) != (self.side, self.side):
+                raise InputError(
+                    f"image {name!r}: the folder's image processor makes {W} x {H} pixels of it; "
+                    f"allowed: {self.side} x {self.side}, which the model reads"
+                )
+        return [torch.zeros_like(one) for one in pixels] if self.blind else pixels
+
+    def expand(self, ids, problem_id, n_images):
+        """Each placeholder id -> its n tokens. InputError where there are not as many as pictures."""
+        if ids.count(self.token_id) != n_images:
+            raise InputError(
+                f"problem {problem_id!r}: {ids.count(self.token_id)} {IMAGE} in its text, {n_images} "
+                "pictures; allowed: one for each, or none in the question"
+            )
+        return [token for i in ids for token in [i] * (self.n_tokens if i == self.token_id else 1)]
+
+
+def image_reader(model, tokenizer, folder):
+    """The ImageReader of a model, whose preprocessor_config.json is in `folder`; None for a model that reads
+    text only."""
+    if not hasattr(model, "vlm_config"):
+        return None
+    config = model.vlm_config
+    if tokenizer.encode(IMAGE) != [config.image_token_id]:
+        raise InputError(
+            f"{tokenizer.folder}: its tokenizer reads {IMAGE} as {tokenizer.encode(IMAGE)}; "
+            f"allowed: as the model's image token, [{config.image_token_id}]"
+        )
+    side = config.vision.image_size
+    return ImageReader(config.image_token_id, config.image_seq_length, side, ImageProcessor(folder))
+
+
+def longest_row(context, problems, reader):
+    """How many tokens a Row may have, in which a picture is one, so that it fits the context when the picture
+    becomes n."""
+    per_picture = reader.n_tokens - 1 if reader else 0
+    return context - per_picture * max((len(problem.images) for problem in problems), default=0)
+
+
+def check_pictures(groups, reader, source):
+    """Refuse, before any work, rows with pictures for a model that reads text only, or with not as many as
+    their text has places for."""
+    for row in (row for group in groups for row in group):
+        if reader is not None:
+            reader.expand(row.ids, row.problem_id, len(row.images))
+        elif row.images:
+            raise InputError(
+                f"{source}: problem {row.problem_id!r} has a picture, but the model reads text "
+                "only; allowed: a vision-language folder, or train.py --vision"
+            )
+
+
+def readable(problems, reader):
+    """Before a run: (the problems whose pictures can all be decoded, "id: reason" of each other one).
+
+    Every distinct picture is decoded once, a few at a time; what toy/pictures.py draws is taken as it is."""
+    if reader is None:
+        return problems, []
+    named = dict.fromkeys(picture for problem in problems for picture in problem.images)
+    files = [one for one in named if not (one[0].startswith("toy:") and pictures.is_id(one[0][4:]))]
+
+    def reason(picture):
+        try:
+            reader.pixels([picture])
+        except (InputError, OSError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(4) as pool:
+        decoded = tqdm(pool.map(reason, files), total=len(files), desc="pictures", disable=not files or None)
+        reasons = dict(zip(files, decoded))
+    bad = {p.id: [why for picture in p.images if (why := reasons.get(picture))] for p in problems}
+    left = [problem for problem in problems if not bad[problem.id]]
+    return left, [f"{id_}: {why[0]}" for id_, why in bad.items() if why]
+
+
+def ahead(function, items):
+    """Yield function(item) for each item, in order; while the caller works on one, the next is made in a
+    background thread, and no more than that. An exception comes at its item's turn; closing the generator
+    ends the thread."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        future = None
+        for item in items:
+            before, future = future, pool.submit(function, item)
+            if before:
+                yield before.result()
+        if future:
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ---- batches, and their order --------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Batch:
     """N response rows of B groups, at most K a group; only present responses are rows. Right-padded.
@@ -155,68 +292,6 @@ class Batch:
         return replace(self, **moved)
 
 
-@dataclass(frozen=True)
-class ImageReader:
-    """How a folder's model takes pictures: the placeholder's id, how many of them stand for a picture, and
-    what makes pixels of it."""
-
-    token_id: int
-    n_tokens: int
-    processor: ImageProcessor
-    blind: bool = False  # control: grey pictures
-
-    def pixels(self, images):
-        """[(picture, root)] -> list of (C,H,W). ValueError or OSError names the one that can't be read."""
-        opened = [
-            pictures.draw(name[4:]) if name.startswith("toy:") else load_image(name, root)
-            for name, root in images
-        ]
-        found = [self.processor(image) for image in opened]
-        return [torch.zeros_like(image) for image in found] if self.blind else found
-
-    def expand(self, ids, problem_id, n_images):
-        """Each placeholder id -> its n tokens. ValueError where there are not as many as pictures."""
-        if ids.count(self.token_id) != n_images:
-            raise InputError(
-                f"problem {problem_id!r}: {ids.count(self.token_id)} {IMAGE} in its text, {n_images} "
-                "pictures; allowed: one for each, or none in the question"
-            )
-        return [token for i in ids for token in [i] * (self.n_tokens if i == self.token_id else 1)]
-
-
-def image_reader(model, tokenizer, folder):
-    """The ImageReader of a model, whose preprocessor_config.json is in `folder`; None for a model that reads
-    text only."""
-    if not hasattr(model, "vlm_config"):
-        return None
-    config = model.vlm_config
-    if tokenizer.encode(IMAGE) != [config.image_token_id]:
-        raise InputError(
-            f"{tokenizer.folder}: its tokenizer reads {IMAGE} as {tokenizer.encode(IMAGE)}; "
-            f"allowed: as the model's image token, [{config.image_token_id}]"
-        )
-    return ImageReader(config.image_token_id, config.image_seq_length, ImageProcessor(folder))
-
-
-def text_room(context, problems, reader):
-    """Tokens that a row may have while a picture is one of them, so that it fits the context later."""
-    per_picture = reader.n_tokens - 1 if reader else 0
-    return context - per_picture * max((len(problem.images) for problem in problems), default=0)
-
-
-def check_pictures(groups, reader, source):
-    """Refuse, before any work, rows with pictures that the model has no eyes for, or not as many as their
-    text has places for."""
-    for row in (row for group in groups for row in group):
-        if reader is not None:
-            reader.expand(row.ids, row.problem_id, len(row.images))
-        elif row.images:
-            raise InputError(
-                f"{source}: problem {row.problem_id!r} has a picture, but the model reads text "
-                "only; allowed: a vision-language folder, or train.py --vision"
-            )
-
-
 def collate(groups, pad_id, reader=None):
     """Groups (a list of lists of Row; for SFT each row is its own group) -> Batch. `reader` expands each
     image placeholder to its n tokens and reads the pictures, those of a group once."""
@@ -234,8 +309,8 @@ def collate(groups, pad_id, reader=None):
             for group in groups
         ]
         for b, group in enumerate(groups):
-            found = reader.pixels(group[0].images)
-            images, image_group = images + found, image_group + [b] * len(found)
+            pixels = reader.pixels(group[0].images)
+            images, image_group = images + pixels, image_group + [b] * len(pixels)
     rows = [row for group in groups for row in group]
     N, T = len(rows), max(len(row.ids) for row in rows)
     B, K = len(groups), max(len(group) for group in groups)
@@ -245,26 +320,26 @@ def collate(groups, pad_id, reader=None):
         ids[n, : len(row.ids)] = torch.tensor(row.ids)
         pad_mask[n, : len(row.ids)] = True
         loss_mask[n, row.n_prompt : len(row.ids)] = True
-    group = torch.tensor([b for b, rows_b in enumerate(groups) for _ in rows_b])
-    slot = torch.tensor([k for rows_b in groups for k in range(len(rows_b))])
+    group_of = torch.tensor([b for b, group in enumerate(groups) for _ in group])
+    slot_of = torch.tensor([k for group in groups for k in range(len(group))])
     rewards, correct = torch.zeros(B, K, dtype=torch.float64), torch.full((B, K), -1, dtype=torch.int8)
     present = torch.zeros(B, K, dtype=torch.bool)
-    rewards[group, slot] = torch.tensor([row.reward for row in rows], dtype=torch.float64)
-    correct[group, slot] = torch.tensor(
+    rewards[group_of, slot_of] = torch.tensor([row.reward for row in rows], dtype=torch.float64)
+    correct[group_of, slot_of] = torch.tensor(
         [-1 if row.correct is None else int(row.correct) for row in rows], dtype=torch.int8
     )
-    present[group, slot] = True
+    present[group_of, slot_of] = True
     return Batch(
         ids,
         loss_mask,
         pad_mask,
-        group,
-        slot,
+        group_of,
+        slot_of,
         rewards,
         correct,
         present,
         torch.tensor([row.is_reference for row in rows]),
-        [rows_b[0].problem_id for rows_b in groups],
+        [group[0].problem_id for group in groups],
         torch.stack(images) if images else None,
         torch.tensor(image_group) if images else None,
     )
@@ -317,54 +392,50 @@ def peek(tokenizer, groups):
 # ---- groups for alignment ------------------------------------------------------------------------
 
 
-def distinct(samples):
-    """Samples without responses that repeat an earlier one's text (the first stays)."""
+def distinct(responses):
+    """The responses without those that repeat an earlier one's text."""
     first = {}
-    for response in samples.responses:
+    for response in responses:
         first.setdefault(response.text.strip(), response)
-    return replace(samples, responses=list(first.values()))
+    return list(first.values())
 
 
 def pairs(samples, *, max_pairs=3, window=(0.25, 0.85), seed):
-    """Right x wrong pairs for DPO and IPO: Samples of two responses each, the chosen one first.
+    """Right x wrong pairs for DPO and IPO: a list of Samples -> Samples of two responses each, the chosen one
+    first.
 
     Of each problem whose share of right responses lies in `window`, at most max_pairs random pairs of
     distinct responses (LLaVA-Reasoner, section 3.3). Rows of {prompt, chosen, rejected}, whose correctness is
     unknown, pass through."""
-    found = []
-    for group in samples:
-        if all(response.correct is None for response in group.responses):
-            rewards = [response.reward for response in group.responses]
+    chosen = []
+    for one in (one for one in samples if one.responses):
+        if all(response.correct is None for response in one.responses):
+            rewards = [response.reward for response in one.responses]
             if len(rewards) != 2 or None in rewards or rewards[0] <= rewards[1]:
                 raise InputError(
-                    f"problem {group.problem.id!r}: without 'correct', a group must be a chosen and a "
-                    f"rejected response; found rewards {rewards}"
+                    f"problem {one.problem.id!r}: without 'correct', its responses must be a chosen and a "
+                    f"rejected one; found rewards {rewards}"
                 )
-            found.append(group)
+            chosen.append(one)
             continue
-        share = sum(bool(response.correct) for response in group.responses) / len(group.responses)
+        share = sum(bool(response.correct) for response in one.responses) / len(one.responses)
         if not window[0] <= share <= window[1]:
             continue
-        unlike = distinct(group).responses
-        couples = [
-            (chosen, rejected)
-            for chosen in unlike
-            if chosen.correct
-            for rejected in unlike
-            if rejected.correct is False
-        ]
-        rng = np.random.default_rng(seed_of(seed, group.problem.id))
-        for i in rng.permutation(len(couples))[:max_pairs]:
-            found.append(replace(group, responses=list(couples[i])))
-    if not found:
+        responses = distinct(one.responses)
+        wrong = [response for response in responses if response.correct is False]
+        couples = [[r, w] for r in responses if r.correct for w in wrong]
+        rng = np.random.default_rng(seed_of(seed, one.problem.id))
+        order = rng.permutation(len(couples))[:max_pairs]
+        chosen += [replace(one, responses=couples[i]) for i in order]
+    if not chosen:
         raise InputError(
             f"no right x wrong pair in {len(samples)} groups whose share of right responses lies in "
             f"{list(window)}; allowed: a wider --pair-low, --pair-high, or more samples"
         )
-    return found
+    return chosen
 
 
-def truncate_words(samples, words):
+def truncate_words(sampled, words):
     """Samples whose responses keep their first `words` words (split at blanks, as LLaVA-Reasoner's code does,
     which counts words and not tokens) and lose EOS: what is cut is not the model's to end, and that code
     never scores EOS in DPO."""
@@ -379,29 +450,28 @@ def truncate_words(samples, words):
             ids=ids if len(kept) == len(response.text.split(" ")) else None,
         )
 
-    return [replace(group, responses=list(map(cut, group.responses))) for group in samples]
+    return [replace(samples, responses=list(map(cut, samples.responses))) for samples in sampled]
 
 
-def make_groups(tokenizer, samples, *, mode, max_length, reference):
-    """Samples -> (groups of Rows, counts of what was left out).
+def make_groups(tokenizer, sampled, *, mode, max_length, reference):
+    """A list of Samples -> (groups of Rows, counts of what was left out).
 
     Duplicates, empty responses and rows over max_length are left out and counted; reference True puts the
     problem's own solution first, as a right response with reward 1 (AFT: at least one positive). A group that
     ends up without a response is left out. counts also says how many groups have no pair (all right, all
     wrong, or one response)."""
     groups, counts = [], Counter()
-    for group in samples:
-        problem, responses = group.problem, group.responses
+    for samples in sampled:
+        problem, responses = samples.problem, samples.responses
         if not responses:
             counts["without a response"] += 1
             continue
         if reference:
             best = max([1.0, *(r.reward for r in responses if r.reward is not None)])  # none ranks above it
             responses = [Response(target(problem, mode), correct=True, reward=best), *responses]
-        unlike = distinct(replace(group, responses=responses)).responses
-        counts["duplicates"] += len(responses) - len(unlike)
-        rows = []
-        for response in unlike:
+        counts["duplicates"] += len(responses) - len(distinct(responses))
+        group = []
+        for response in distinct(responses):
             reward = response.reward if response.reward is not None else response.correct
             if reward is None:
                 raise InputError(f"problem {problem.id!r}: a response has neither 'reward' nor 'correct'")
@@ -416,16 +486,17 @@ def make_groups(tokenizer, samples, *, mode, max_length, reference):
                 correct=response.correct,
                 is_reference=reference and response is responses[0],
             )
-            kept = "empty" if not response.text.strip() else "overlong" if len(row.ids) > max_length else None
-            if kept:
-                counts[kept] += 1
+            if not response.text.strip():
+                counts["empty"] += 1
+            elif len(row.ids) > max_length:
+                counts["overlong"] += 1
             else:
-                rows.append(row)
-        if rows:
-            groups.append(rows)
-            counts["without a pair"] += len({row.reward for row in rows}) < 2
+                group.append(row)
+        if group:
+            groups.append(group)
+            counts["without a pair"] += len({row.reward for row in group}) < 2
         else:
             counts["without a response"] += 1
     if not groups:
-        raise InputError(f"no group is left of {len(samples)}: {dict(counts)}")
+        raise InputError(f"no group is left of {len(sampled)}: {dict(counts)}")
     return groups, dict(counts)

@@ -7,13 +7,15 @@ Letters: B prompts at work (slots), n samples a prompt, R = B * n rows, P prompt
 row, V vocabulary; H query heads, K key/value heads, G = H / K, D channels of a head.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 
-from minicot.data import grade, prompt_text, seed_of
+from minicot.data import grade_answers, prompt_text, seed_of
 from minicot.errors import InputError
-from minicot.records import Response, Samples
 from minicot.model import KVCache, attend
+from minicot.records import Response, Samples
 
 
 def filter_logits(logits, top_k, top_p):
@@ -56,16 +58,16 @@ class DecodeCache:
     copy of the prompt, as in Hydragen (arXiv 2402.05099): on long prompts decoding is reading keys. Both
     parts' scores go through one softmax. Twin: KVCache with the prompt copied n times. Slots are refilled."""
 
-    def __init__(self, config, slots, n, prompt_room, new_room, *, dtype, device):
-        make = lambda rows, room: KVCache(config, rows, room, dtype=dtype, device=device)
-        self.n, self.length = n, 0
-        self.prompts = make(slots, prompt_room) if n > 1 else None
-        self.own = make(slots * n, new_room + (prompt_room if n == 1 else 0))
+    def __init__(self, config, slots, n, max_prompt, max_new, *, dtype, device):
+        make = lambda rows, length: KVCache(config, rows, length, dtype=dtype, device=device)
+        self.n, self.length, self.dtype = n, 0, dtype
+        self.prompts = make(slots, max_prompt) if n > 1 else None
+        self.own = make(slots * n, max_new + (max_prompt if n == 1 else 0))
         for cache in (self.own, self.prompts) if n > 1 else (self.own,):
             for buffer in (*cache.keys, *cache.values):
                 buffer.zero_()  # masked, but 0 * NaN would not be 0
         self.prompt_length = torch.zeros(slots, dtype=torch.long, device=device)
-        self.held = torch.zeros(slots * n, dtype=torch.long, device=device)  # positions of own in use
+        self.own_length = torch.zeros(slots * n, dtype=torch.long, device=device)
 
     def admit(self, slots, prefill, lengths):
         """Put prefilled prompts (right-padded rows of a KVCache) into slots."""
@@ -75,7 +77,7 @@ class DecodeCache:
             cache.values[layer][slots, :, :P] = prefill.values[layer][:, :, :P]
         self.prompt_length[slots] = lengths
         rows = (slots[:, None] * self.n + torch.arange(self.n, device=slots.device)).flatten()
-        self.held[rows] = 0 if self.prompts else lengths
+        self.own_length[rows] = 0 if self.prompts else lengths
 
     def select(self, slots):
         """Keep these slots only."""
@@ -83,22 +85,25 @@ class DecodeCache:
         self.own.select(rows)
         if self.prompts:
             self.prompts.select(slots)
-        self.prompt_length, self.held = self.prompt_length[slots], self.held[rows]
+        self.prompt_length, self.own_length = self.prompt_length[slots], self.own_length[rows]
 
     def begin(self, live):
         """A step of one token a row: its positions (R,1); rows that are not live stay where they are."""
         before = self.prompt_length.repeat_interleave(self.n) if self.prompts else 0
-        self.rows, self.at = torch.arange(len(self.held), device=self.held.device), self.held.clone()
-        self.end = int(self.held.max()) + 1
-        self.own_seen = torch.arange(self.end, device=self.held.device) <= self.at[:, None]  # (R,S)
+        self.rows, self.at = (
+            torch.arange(len(self.own_length), device=self.own_length.device),
+            self.own_length.clone(),
+        )
+        self.end = int(self.own_length.max()) + 1
+        self.own_seen = torch.arange(self.end, device=self.own_length.device) <= self.at[:, None]  # (R,S)
         if self.prompts:
             P = int(self.prompt_length.max())
-            self.prompt_seen = torch.arange(P, device=self.held.device) < self.prompt_length[:, None]
-        self.held += live
+            self.prompt_seen = torch.arange(P, device=self.own_length.device) < self.prompt_length[:, None]
+        self.own_length += live
         return (before + self.at)[:, None]
 
     def append_padding(self, pad_mask, rows, T):
-        assert pad_mask is None and T == 1 and rows == len(self.held), f"{rows} rows x {T}"
+        assert pad_mask is None and T == 1 and rows == len(self.own_length), f"{rows} rows x {T}"
 
     def attend(self, layer, q, k, v, mask):
         """q (R,H,1,D), k, v (R,K,1,D) -> (R,H,1,D)."""
@@ -164,6 +169,8 @@ def generate(
         )
 
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    if torch.is_autocast_enabled(device.type):  # keys and values come in its dtype
+        dtype = torch.get_autocast_dtype(device.type)
     slots = min(len(prompts), max(1, max_rows // n)) if max_rows else len(prompts)
     cache = DecodeCache(model.config, slots, n, longest, max_new_tokens, dtype=dtype, device=device)
     placeholder = model.vlm_config.image_token_id if hasattr(model, "vlm_config") else -1
@@ -208,10 +215,10 @@ def generate(
         if not busy.any():
             return responses
         if not waiting and 4 * len(free) >= len(owner):
-            kept = busy.nonzero()[:, 0]
-            rows = (kept[:, None] * n + torch.arange(n)).flatten()
-            cache.select(kept.to(device))
-            owner, live, tokens = [owner[slot] for slot in kept.tolist()], live[rows], tokens[rows]
+            left = busy.nonzero()[:, 0]
+            rows = (left[:, None] * n + torch.arange(n)).flatten()
+            cache.select(left.to(device))
+            owner, live, tokens = [owner[slot] for slot in left.tolist()], live[rows], tokens[rows]
             uniforms = uniforms[rows.numpy()]
         embeds = model.embed(tokens.to(device)[:, None])
         hidden = model.hidden_states(embeds, positions=cache.begin(live.to(device)), cache=cache)
@@ -222,7 +229,7 @@ def generate(
 def prefill(model, cache, slots, prompts, images):
     """Compute prompts, equal ones once, put them into slots of the DecodeCache -> logits (len(prompts),V)
     after their last tokens."""
-    device = cache.held.device
+    device = cache.own_length.device
     keys = [(tuple(prompt), tuple(map(id, pictures))) for prompt, pictures in zip(prompts, images)]
     first = {key: i for i, key in reversed(list(enumerate(keys)))}
     unique = sorted(first.values())
@@ -232,11 +239,11 @@ def prefill(model, cache, slots, prompts, images):
     real = torch.arange(P, device=device) < lengths[:, None]
     pixels = [picture for i in unique for picture in images[i]]
     embeds = model.embed(ids, torch.stack(pixels).to(device)) if pixels else model.embed(ids)
-    held = KVCache(model.config, len(unique), P, dtype=embeds.dtype, device=device)
-    hidden = model.hidden_states(embeds, pad_mask=real, cache=held)
+    computed = KVCache(model.config, len(unique), P, dtype=cache.dtype, device=device)
+    hidden = model.hidden_states(embeds, pad_mask=real, cache=computed)
     of = torch.tensor([unique.index(first[key]) for key in keys], device=device)
-    held.select(of)
-    cache.admit(torch.tensor(slots, device=device), held, lengths[of])
+    computed.select(of)
+    cache.admit(torch.tensor(slots, device=device), computed, lengths[of])
     return model.head(hidden[torch.arange(len(unique), device=device), lengths - 1])[of]
 
 
@@ -254,15 +261,17 @@ def sample_groups(
     top_p=1.0,
     seed=0,
     batch_size=64,
-    reward=None,
+    grade=None,
     reader=None,
 ):
     """Yield Samples, n graded responses a problem, in the order of the problems, about batch_size sequences
     at a time. Each problem's seed comes from `seed` and its id, so the samples don't depend on the other
     problems. `reader` (data.image_reader) reads pictures; a problem whose picture can't be read is yielded
-    without responses, its `error` saying why.
+    without responses, its `error` saying why. It works while it is iterated: an autocast must be on then.
 
-    reward(problem, text) -> float, where given, sets the responses' reward; else it is their correctness."""
+    grade: a grader, which gets a list of Samples with ungraded responses and returns them graded, in order;
+    it replaces the one by final answers of `style` (data.grade_answers)."""
+    grade = grade or partial(grade_answers, mode=mode, style=style)
     window = 8 * max(1, batch_size // n)  # results come a window at a time
     context, all_prompts = model.config.max_position_embeddings, []
     for problem in problems:
@@ -279,15 +288,15 @@ def sample_groups(
         all_prompts.append(prompt)
     for start in range(0, len(problems), window):
         part = range(start, min(start + window, len(problems)))
-        found, images = {}, {}
+        images, unread, drawn = {}, {}, []
         for i in part:
             try:
                 images[i] = reader.pixels(problems[i].images) if reader else []
-            except (ValueError, OSError) as error:
-                found[i] = Samples(problems[i], [], error=str(error))
+            except (InputError, OSError) as error:
+                unread[i] = Samples(problems[i], error=str(error))
         order = sorted(images, key=lambda i: len(all_prompts[i]))  # like lengths are prefilled together
-        drawn = (
-            generate(
+        if order:
+            drawn = generate(
                 model,
                 [all_prompts[i] for i in order],
                 n=n,
@@ -300,25 +309,14 @@ def sample_groups(
                 images=[images[i] for i in order],
                 max_rows=batch_size,
             )
-            if order
-            else []
-        )
-        for i, responses in zip(order, drawn):
-            graded = [respond(tokenizer, problems[i], ids, mode, style, reward) for ids in responses]
-            found[i] = Samples(problems[i], graded)
-        yield from (found[i] for i in part)
+        responses = {i: [respond(tokenizer, ids) for ids in rows] for i, rows in zip(order, drawn)}
+        graded = grade([Samples(problems[i], responses[i]) for i in sorted(order)])
+        assert len(graded) == len(order), f"the grader made {len(graded)} Samples of {len(order)}"
+        samples_of = unread | dict(zip(sorted(order), graded))
+        yield from (samples_of[i] for i in part)
 
 
-def respond(tokenizer, problem, ids, mode, style, reward):
-    """Sampled ids -> a graded Response."""
+def respond(tokenizer, ids):
+    """Sampled ids -> a Response without a grade."""
     finish = "stop" if ids[-1] in tokenizer.stop_ids else "length"
-    text = tokenizer.decode(ids)
-    answer, correct = grade(problem, text, mode=mode, style=style)
-    return Response(
-        text=text,
-        correct=correct,
-        finish=finish,
-        ids=ids,
-        answer=answer,
-        reward=reward(problem, text) if reward else None,
-    )
+    return Response(tokenizer.decode(ids), finish=finish, ids=ids)

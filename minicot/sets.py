@@ -1,4 +1,7 @@
-"""Published sets, as they are published, and the built-in worlds -> Problems."""
+"""Where problems come from: published sets, as they are published, JSON lines, the built-in worlds.
+
+A published row's reader takes the fields that a Problem has; of a file of our own JSON lines all are kept.
+"""
 
 import csv
 import json
@@ -10,6 +13,9 @@ from minicot.errors import InputError
 from minicot.records import LETTERS, problem_from_row, read_jsonl, refuse_duplicates
 from minicot.toy import pictures
 from minicot.toy import problems as toy
+
+
+# ---- a row of a published set -> a row of ours --------------------------------------------------
 
 
 def gsm8k_row(row, number, stem):
@@ -86,6 +92,9 @@ def tabmwp_row(row, number, stem):
     }
 
 
+# ---- files of them, and by name ------------------------------------------------------------------
+
+
 def read_rows(path):
     """Yield (line or element number, object) of JSON lines, of a JSON array or an object of objects by id
     (.json), or of a table (.csv)."""
@@ -94,14 +103,14 @@ def read_rows(path):
         return
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            found = json.load(file) if path.suffix == ".json" else list(csv.DictReader(file))
+            rows = json.load(file) if path.suffix == ".json" else list(csv.DictReader(file))
     except (ValueError, RecursionError, csv.Error) as error:
         raise InputError(f"{path}: not {path.suffix[1:].upper()} ({error})") from None
-    if isinstance(found, dict) and found and all(isinstance(row, dict) for row in found.values()):
-        found = [{"id": id_, **row} for id_, row in found.items()]
-    if not isinstance(found, list):
-        raise InputError(f"{path}: holds a JSON {type(found).__name__}, expected an array")
-    yield from enumerate(found, 1)
+    if isinstance(rows, dict) and rows and all(isinstance(row, dict) for row in rows.values()):
+        rows = [{"id": id_, **row} for id_, row in rows.items()]
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: holds a JSON {type(rows).__name__}, expected an array")
+    yield from enumerate(rows, 1)
 
 
 # name: (reader of a row, style of the final answer, file name of a split where it differs)
@@ -121,11 +130,16 @@ def style_of(spec):
     return KNOWN_SETS[spec.split(":")[0]][1] if spec.split(":")[0] in KNOWN_SETS else "hash"
 
 
+def default_length(spec):
+    """Longest response in tokens where no flag says it."""
+    return 96 if spec in TOYS else 256
+
+
 def read_problems(spec, split="train", *, limit=0):
     """`toy`, `toy-pictures`, `gsm8k:PATH` (a folder with train.jsonl / test.jsonl, or one file) or
     `file.jsonl` -> list of Problem.
 
-    `split` may be a slice, `train[7000:]`. limit > 0 keeps the first problems. ValueError names file, line
+    `split` may be a slice, `train[7000:]`. limit > 0 keeps the first problems. InputError names file, line
     and value."""
     name, _, path = spec.partition(":")
     if limit < 0:
@@ -165,15 +179,12 @@ def convert(reader, row, number, source):
     """One published row -> our row; a row of another shape is an error with its line number."""
     try:
         return reader(row, number, source.stem)
+    except InputError as error:
+        raise InputError(f"{source}:{number}: {error}") from None
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise InputError(
             f"{source}:{number}: not a row of this set ({type(error).__name__}: {error})"
         ) from None
-
-
-def default_length(spec):
-    """Longest response in tokens where no flag says it."""
-    return 96 if spec in TOYS else 256
 
 
 def refuse_shared(trained, held_out, flag):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import types
 
@@ -37,3 +38,9 @@ def assert_one_line_error(done, *parts):
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
     for part in parts:
         assert part in done.stderr, done.stderr
+
+
+def jsonl(path, *rows):
+    """Write rows (objects, or lines as they are) to a JSON-lines file -> its path."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path

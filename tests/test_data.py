@@ -1,12 +1,16 @@
-"""Problems, samples, rows and batches: what is read, what is refused, and that nothing is lost silently."""
+"""Rows and batches: what the model reads, what is scored, which groups are made, and what is left out."""
 
-import json
+import threading
+import time
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
-from minicot import data, sets, records
+from minicot import data
 from minicot.data import Row
+from minicot.images import ImageProcessor, load_image
 from minicot.records import Problem, Response, Samples
 from minicot.tokenizer import Tokenizer
 from minicot.training import resolve
@@ -17,126 +21,36 @@ def tokenizer():
     return Tokenizer(resolve("toy"))
 
 
-def write(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
+# ---- text ----------------------------------------------------------------------------------------
 
 
-# ---- reading -------------------------------------------------------------------------------------
+def test_plain_mode_leaves_the_question_as_it_is():
+    problem = Problem("1", "What is the capital of France?", "Paris", solution="so\n#### Paris")
+    assert data.render(problem, "plain") == problem.question
+    assert data.target(problem, "plain") == problem.solution
+    assert data.render(problem, "cot") == problem.question + data.COT_PROMPT
+    assert data.grade(problem, "so\n#### Paris", mode="plain", style="hash") == ("Paris", True)
 
 
-def test_missing_id_becomes_the_line_number_and_numbers_become_text(tmp_path):
-    path = write(
-        tmp_path / "p.jsonl",
-        {"question": "1 + 1?", "answer": 2},
-        {"id": 7, "question": "2 + 2?", "answer": 4.5},
-    )
-    assert sets.read_problems(str(path)) == [Problem("1", "1 + 1?", "2"), Problem("7", "2 + 2?", "4.5")]
+def test_earlier_turns_stand_before_the_question_and_may_hold_the_placeholder(tokenizer):
+    history = [{"role": "user", "content": f"{data.IMAGE} See?"}, {"role": "assistant", "content": "Yes."}]
+    problem = Problem("1", "How many?", image="p.png", history=history)
+    asked = {"role": "user", "content": "How many?" + data.COT_PROMPT}
+    assert data.prompt_text(tokenizer, problem, "cot") == tokenizer.chat_prompt([*history, asked])
+    assert data.render(replace(problem, history=None), "plain") == f"{data.IMAGE}\nHow many?"
 
 
-@pytest.mark.parametrize(
-    "row, message",
-    [
-        ("{not json", ":2: not JSON"),
-        ([1, 2], ":2: found a JSON list"),
-        ({"answer": "3"}, ":2: no field 'question'"),
-        ({"question": 3}, ":2: field 'question' is 3, expected text"),
-        ({"question": "q", "answer": True}, ":2: field 'answer' is True"),
-        ({"question": "q", "choices": "A"}, ":2: field 'choices' is 'A', expected a list"),
-        ({"question": "q", "steps": [1]}, ":2: field 'steps'"),
-        ({"id": "1", "question": "q"}, ":2: id '1' was already given on line 1"),
-    ],
-)
-def test_a_malformed_line_is_named_by_number(tmp_path, row, message):
-    path = write(tmp_path / "p.jsonl", {"id": "1", "question": "q"}, row)
-    with pytest.raises(ValueError, match=message.replace("{", r"\{").replace("[", r"\[")) as error:
-        sets.read_problems(str(path))
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_an_empty_file_a_missing_file_and_an_unknown_set_are_errors(tmp_path):
-    with pytest.raises(ValueError, match="no problems in it"):
-        sets.read_problems(str(write(tmp_path / "empty.jsonl")))
-    with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
-        sets.read_problems("nowhere.jsonl")
-    with pytest.raises(ValueError, match="allowed: toy, toy-pictures, gsm8k:PATH"):
-        sets.read_problems("gsm9k:x")
-    with pytest.raises(ValueError, match="allowed for toy"):
-        sets.read_problems("toy", "dev")
-
-
-def test_gsm8k_rows_lose_calculator_marks_and_keep_the_marked_answer(tmp_path):
-    write(
-        tmp_path / "train.jsonl",
-        {"question": "How many?", "answer": "48/2 = <<48/2=24>>24 clips.\n#### 1,024"},
-    )
-    (problem,) = sets.read_problems(f"gsm8k:{tmp_path}")
-    assert problem.solution == "48/2 = 24 clips.\n#### 1,024" and problem.answer == "1,024"
-
-
-def test_choice_sets_become_letters_and_plain_choices(tmp_path):
-    write(
-        tmp_path / "val.jsonl",
-        {"id": "e", "question": "Q?", "choices": ["x", "y", "z", "u", "v"], "answer": 1},
-    )
-    (ecqa,) = sets.read_problems(f"ecqa:{tmp_path}", "validation")
-    assert (ecqa.answer, ecqa.solution, ecqa.choices) == ("B", None, ["x", "y", "z", "u", "v"])
-    write(
-        tmp_path / "dev.jsonl",
-        {"question": "Q?", "options": ["A)10", "B) 20"], "rationale": "so", "correct": "B"},
-    )
-    (aqua,) = sets.read_problems(f"aqua:{tmp_path}", "validation")
-    assert aqua.choices == ["10", "20"] and aqua.solution == "so\nThe answer is (B)."
-    assert data.render(aqua, "direct") == "Q?\n(A) 10\n(B) 20" + data.DIRECT_PROMPT
-
-
-def test_a_row_of_another_set_names_file_and_line(tmp_path):
-    write(tmp_path / "train.jsonl", {"question": "Q?"})
-    with pytest.raises(ValueError, match="train.jsonl:1: not a row of this set"):
-        sets.read_problems(f"gsm8k:{tmp_path}")
-
-
-def test_split_slices_and_limit():
-    rows = sets.read_problems("toy", "test", limit=20)
-    assert [p.id for p in sets.read_problems("toy", "test[5:8]")] == [p.id for p in rows[5:8]]
-    with pytest.raises(ValueError, match="slice"):
-        sets.read_problems("toy", "test[5")
-
-
-def test_samples_survive_a_round_trip_and_trl_rows_become_pairs(tmp_path):
-    samples = Samples(
-        Problem("a", "q", "3"), [Response("#### 3", True, ids=[1, 2]), Response("x", None, 0.5, "length")]
-    )
-    path = write(
-        tmp_path / "s.jsonl",
-        records.samples_to_row(samples),
-        {"prompt": "p", "chosen": "good", "rejected": "bad"},
-    )
-    read = records.read_samples(path)
-    assert read[0] == samples
-    assert [(r.text, r.reward, r.correct) for r in read[1].responses] == [
-        ("good", 1.0, None),
-        ("bad", 0.0, None),
+def test_the_grader_by_final_answers_grades_a_list():
+    sampled = [
+        Samples(Problem("1", "q", "3"), [Response("#### 3", meta={"a": 1}), Response("3")]),
+        Samples(Problem("2", "q"), [Response("#### 4", reward=0.5)]),
     ]
-    assert data.pairs(read[1:], seed=0) == read[1:]
-
-
-@pytest.mark.parametrize(
-    "response, message",
-    [
-        ({"text": "x", "reward": float("nan")}, "'reward' is nan"),
-        ({"correct": True}, "no field 'text'"),
-        ({"text": "x", "finish": "end"}, "finish is 'end'"),
-        ({"text": "x", "correct": 1}, "'correct' is 1"),
-    ],
-)
-def test_a_bad_response_is_refused_with_its_line(tmp_path, response, message):
-    path = write(tmp_path / "s.jsonl", {"question": "q", "responses": [response]})
-    with pytest.raises(ValueError, match=f"s.jsonl:1: .*{message}"):
-        records.read_samples(path)
-
-
-# ---- grading -------------------------------------------------------------------------------------
+    assert data.grade_answers(sampled, mode="cot", style="hash") == [
+        Samples(
+            sampled[0].problem, [Response("#### 3", True, answer="3", meta={"a": 1}), Response("3", False)]
+        ),
+        Samples(sampled[1].problem, [Response("#### 4", None, 0.5, answer="4")]),
+    ]
 
 
 def test_grading_is_strict_and_knows_choices():
@@ -170,6 +84,16 @@ def test_sampled_ids_are_kept_as_they_are_and_foreign_ones_refused(tokenizer):
     for bad in ([-1], tokenizer.encode("4")):
         with pytest.raises(ValueError, match="another tokenizer"):
             data.encode_row(tokenizer, problem, "3", mode="cot", ids=bad)
+
+
+def test_finish_must_agree_with_the_sampled_ids(tokenizer):
+    problem, ids = Problem("1", "q?"), tokenizer.encode("3")
+    data.encode_row(tokenizer, problem, "3", mode="cot", ids=ids, finish="length")
+    for finish, given in (("stop", ids), ("length", [*ids, tokenizer.eos_id])):
+        with pytest.raises(ValueError, match="finish is"):
+            data.encode_row(tokenizer, problem, "3", mode="cot", ids=given, finish=finish)
+    with pytest.raises(ValueError, match="question and text are empty"):
+        data.encode_row(tokenizer, Problem("1", ""), "", mode="cot")
 
 
 def test_an_empty_prompt_never_scores_the_first_token(tokenizer):
@@ -212,6 +136,90 @@ def test_schedule_covers_each_pass_once_is_seeded_and_buckets_lengths():
     assert spread < 15  # random batches would spread over about 90
     mixed = data.schedule([0] * 1000, 16, 2000, seed=3)  # --no-group-by-length
     assert all({lengths[i] < 50 for i in batch} == {True, False} for batch in mixed if len(batch) == 16)
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+class Reader:
+    """A reader that counts what it decodes, and in how many threads at once."""
+
+    def __init__(self):
+        self.opened, self.at_work, self.most = [], 0, 0
+
+    def pixels(self, images):
+        [(name, root)] = images
+        self.opened.append(name)
+        self.at_work += 1
+        self.most = max(self.most, self.at_work)
+        time.sleep(0.05)
+        self.at_work -= 1
+        processor = ImageProcessor.from_dict({"image_processor_type": "CLIPImageProcessor"})
+        return [processor(load_image(name, root))]
+
+
+def test_problems_whose_pictures_cannot_be_decoded_are_found_before_a_run(tmp_path):
+    for name in ("a.png", "b.png", "c.png", "cut.png"):
+        Image.new("RGB", (40, 30), "red").save(tmp_path / name)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    root, reader = str(tmp_path), Reader()
+    images = ["a.png", "b.png", "a.png", ["a.png", "cut.png", "gone.png"], None, "toy:bars-0-2", "toy:pies-1"]
+    problems = [Problem(str(i), "q", image=image, image_root=root) for i, image in enumerate(images)]
+    good, unread = data.readable(problems, reader)
+    assert [problem.id for problem in good] == ["0", "1", "2", "4", "5"]
+    assert [line[:22] for line in unread] == ["3: image 'cut.png': fo", "6: image 'toy:pies-1':"]
+    assert sorted(reader.opened) == ["a.png", "b.png", "cut.png", "gone.png", "toy:pies-1"]
+    assert 1 < reader.most <= 4
+    assert data.readable(problems, None) == (problems, [])
+    assert data.readable([], reader) == ([], [])
+
+
+def test_one_item_is_made_ahead_and_no_more():
+    made, asked = [], []
+
+    def make(item):
+        made.append(item)
+        return item * 10, threading.current_thread()
+
+    def items():
+        for item in range(5):
+            asked.append(item)
+            yield item
+
+    stream = data.ahead(make, items())
+    assert not made and not asked  # nothing before it is asked for
+    for turn in range(5):
+        value, thread = next(stream)
+        assert value == turn * 10 and thread is not threading.current_thread()
+        deadline = time.time() + 5
+        while len(made) < min(turn + 2, 5) and time.time() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.01)
+        assert made == asked == list(range(min(turn + 2, 5)))  # the next is made while this one is used
+    assert list(stream) == [] and not thread.is_alive()
+    assert list(data.ahead(make, [])) == []
+
+
+def test_an_exception_comes_at_its_items_turn():
+    threads = []
+
+    def make(item):
+        threads.append(threading.current_thread())
+        return 6 // item
+
+    stream = data.ahead(make, [3, 2, 0, 1])
+    assert [next(stream), next(stream)] == [2, 3]
+    with pytest.raises(ZeroDivisionError):
+        next(stream)
+    assert next(stream, "ended") == "ended" and not threads[0].is_alive()
+
+
+def test_closing_the_stream_ends_its_thread():
+    threads = []
+    stream = data.ahead(lambda item: threads.append(threading.current_thread()), range(1000))
+    next(stream)
+    stream.close()
+    assert len(threads) <= 2 and not threads[0].is_alive()
 
 
 # ---- groups --------------------------------------------------------------------------------------
@@ -272,81 +280,9 @@ def test_the_reference_ranks_below_no_response(tokenizer):
     assert reference.is_reference and reference.reward == 5.0 and [row.reward for row in rest] == [5.0, 2.0]
 
 
-def test_finish_must_agree_with_the_sampled_ids(tokenizer):
-    problem, ids = Problem("1", "q?"), tokenizer.encode("3")
-    data.encode_row(tokenizer, problem, "3", mode="cot", ids=ids, finish="length")
-    for finish, given in (("stop", ids), ("length", [*ids, tokenizer.eos_id])):
-        with pytest.raises(ValueError, match="finish is"):
-            data.encode_row(tokenizer, problem, "3", mode="cot", ids=given, finish=finish)
-    with pytest.raises(ValueError, match="question and text are empty"):
-        data.encode_row(tokenizer, Problem("1", ""), "", mode="cot")
-
-
-@pytest.mark.parametrize(
-    "row, message",
-    [
-        ('{"question": "a\\ud800"}', "lone surrogate"),
-        ('{"question": "q", "answer": ' + "9" * 400 + "}", "expected a finite number"),
-        ('{"question": "q", "answer": ' + "9" * 5000 + "}", "not JSON"),
-        ('{"question": "q", "choices": ["x", "y"], "answer": "C"}', "a letter of its choices"),
-        (json.dumps({"question": "q", "choices": ["x"] * 11}), "11 choices"),
-    ],
-)
-def test_values_that_break_later_are_refused_when_read(tmp_path, row, message):
-    with pytest.raises(ValueError, match=f"p.jsonl:1: .*{message}"):
-        sets.read_problems(str(write(tmp_path / "p.jsonl", row)))
-
-
-def test_the_same_row_number_of_two_splits_is_another_problem(tmp_path):
-    for split in ("train", "test"):
-        write(tmp_path / f"{split}.jsonl", {"question": "How many?", "answer": "#### 1"})
-    a, b = (sets.read_problems(f"gsm8k:{tmp_path}", split)[0].id for split in ("train", "test"))
-    assert a != b
-
-
-def test_plain_mode_leaves_the_question_as_it_is():
-    problem = Problem("1", "What is the capital of France?", "Paris", solution="so\n#### Paris")
-    assert data.render(problem, "plain") == problem.question
-    assert data.target(problem, "plain") == problem.solution
-    assert data.render(problem, "cot") == problem.question + data.COT_PROMPT
-    assert data.grade(problem, "so\n#### Paris", mode="plain", style="hash") == ("Paris", True)
-
-
-def test_sets_are_read_as_their_authors_publish_them(tmp_path):
-    svamp = [{"ID": "chal-1", "Body": "Each pack costs 76 dollars.", "Question": "How much?", "Answer": 51.0}]
-    (tmp_path / "SVAMP.json").write_text(json.dumps(svamp))
-    (problem,) = sets.read_problems(f"svamp:{tmp_path / 'SVAMP.json'}")
-    assert (problem.question, problem.answer) == ("Each pack costs 76 dollars. How much?", "51.0")
-    addsub = [{"iIndex": 3, "sQuestion": " Q? ", "lSolutions": [43.0]}]
-    (tmp_path / "AddSub.json").write_text(json.dumps(addsub))
-    assert sets.read_problems(f"addsub:{tmp_path / 'AddSub.json'}") == [Problem("AddSub-3", "Q?", "43.0")]
-    (tmp_path / "cqa_data_val.csv").write_text(
-        "q_no,q_concept,q_text,q_op1,q_op2,q_op3,q_op4,q_op5,q_ans,taskA_pos,taskA_neg,taskB\n"
-        '7,c,"Where, then?",a,b,c,d,e,b,x,y,"Because, so."\n'
-    )
-    (problem,) = sets.read_problems(f"ecqa:{tmp_path}", "validation")
-    solution = "Because, so.\nThe answer is (B)."
-    assert problem == Problem("7", "Where, then?", "B", solution, choices=list("abcde"))
-    tables = {
-        "33": {
-            "question": "When?",
-            "choices": ["2:00 P.M.", "3:00 P.M."],
-            "answer": "3:00 P.M.",
-            "solution": "Look.",
-        }
-    }
-    (tmp_path / "problems_dev.json").write_text(json.dumps(tables))
-    with pytest.raises(ValueError, match="problems_dev.json:1: image 'tables/33.png': no such file"):
-        sets.read_problems(f"tabmwp:{tmp_path}", "validation")
-    (tmp_path / "tables").mkdir()
-    (tmp_path / "tables" / "33.png").write_bytes(b"read later")
-    (problem,) = sets.read_problems(f"tabmwp:{tmp_path}", "validation")
-    assert (problem.id, problem.answer, problem.images) == (
-        "tabmwp-33",
-        "B",
-        [("tables/33.png", str(tmp_path.resolve()))],
-    )
-    assert data.grade(problem, problem.solution, mode="cot", style="hash")[1]
-    (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(ValueError, match="bad.json: holds a JSON dict, expected an array"):
-        sets.read_problems(f"svamp:{tmp_path / 'bad.json'}")
+def test_a_problem_without_a_response_costs_no_pairs(tokenizer):
+    unread = Samples(Problem("u", "q", "3"), [], "its picture can't be read")
+    pair = Samples(Problem("1", "q", "3"), [Response("#### 3", True), Response("#### 4", False)])
+    assert data.pairs([unread, pair], window=(0, 1), seed=0) == [pair]
+    _, counts = data.make_groups(tokenizer, [unread, pair], mode="cot", max_length=64, reference=False)
+    assert counts["without a response"] == 1

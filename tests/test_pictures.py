@@ -16,8 +16,8 @@ from PIL import Image
 from minicot.answers import extract_answer, is_correct
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures, problems, teacher
-from minicot.toy.base_text import STAGES, as_files, listed, recall, seeing_rows
-from minicot.toy.pictures import COLOURS, KINDS, LARGEST, caption_rows, cell_rows, chain, draw, glyphs, grade
+from minicot.toy.base_text import STAGES, as_files, caption_rows, cell_rows, listed, recall, seeing_rows
+from minicot.toy.pictures import COLOURS, KINDS, LARGEST, chain, draw, glyphs, grade
 from minicot.toy.pictures import in_picture, label_steps, make_picture, make_problem, perception_rows
 from minicot.toy.pictures import read_from, reading_rows, row_of, rows, scene_of, split_of
 from minicot.toy.problems import ITEMS, NAMES, WORDINGS

@@ -1,13 +1,18 @@
 """Generation: the same as a naive loop, as transformers' greedy, and independent of what else is in the
 batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
 
 from minicot.model import KVCache, ModelConfig, Transformer
-from minicot.sampling import DecodeCache, choose, filter_logits, generate
-from minicot.weights import save_model
+from minicot.sampling import DecodeCache, choose, filter_logits, generate, sample_groups
+from minicot.sets import read_problems
+from minicot.tokenizer import Tokenizer
+from minicot.training import resolve
+from minicot.weights import load_model, save_model
 
 CONFIG = ModelConfig(
     model_type="llama",
@@ -177,3 +182,83 @@ def test_greedy_equals_transformers_generate(tmp_path):
         )
         drawn = generate(ours, [prompt], max_new_tokens=32, temperature=0, stop_ids=[], seed=0)
         assert drawn[0][0] == out[0, len(prompt) :].tolist()
+
+
+# ---- bfloat16 ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("how", ["autocast", "weights"])
+def test_bfloat16_sampling_keeps_bfloat16_keys_and_errs_as_a_whole_forward_does(monkeypatch, how, n):
+    """The logits behind each drawn token, and those of one forward over the whole text, are compared with
+    float32's."""
+    model, caches, logits = Transformer(CONFIG, torch.Generator().manual_seed(0)), [], []
+    exact = Transformer(CONFIG, torch.Generator().manual_seed(0))
+    if how == "weights":
+        exact.load_state_dict(model.bfloat16().state_dict())
+    make, head = KVCache.__init__, model.head
+    noting = lambda cache, *args, **options: (caches.append(cache), make(cache, *args, **options))[1]
+    monkeypatch.setattr(KVCache, "__init__", noting)
+    monkeypatch.setattr(model, "head", lambda hidden: (logits.append(head(hidden)), logits[-1])[1])
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        [drawn] = generate(model, [PROMPTS[0]], n=n, max_new_tokens=12, stop_ids=[], seed=1)
+        steps = [rows.expand(n, -1) for rows in logits]
+        wholes = [model(torch.tensor([PROMPTS[0] + ids]))[0, len(PROMPTS[0]) - 1 : -1] for ids in drawn]
+    assert {cache.keys[0].dtype for cache in caches} == {torch.bfloat16} and len(set(map(tuple, drawn))) == n
+    for j, ids in enumerate(drawn):
+        truth = exact(torch.tensor([PROMPTS[0] + ids]))[0, len(PROMPTS[0]) - 1 : -1]
+        step_by_step = torch.stack([rows[j] for rows in steps])
+        mine, its = ((x.float() - truth).square().mean().sqrt() for x in (step_by_step, wholes[j]))
+        assert 0 < mine < 2 * its, (mine, its)
+
+
+# ---- graded groups -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_model(resolve("toy"), dtype=torch.float32), Tokenizer(resolve("toy"))
+
+
+OPTIONS = dict(mode="cot", style="hash", max_new_tokens=8)
+
+
+def test_a_grader_gets_many_problems_at_once_in_their_order(base):
+    problems, seen = read_problems("toy", "test", limit=20), []
+
+    def grade(sampled):
+        """As a reward model or a judge would: from the whole list."""
+        seen.append([samples.problem.id for samples in sampled])
+        assert all(r.correct is None and r.answer is None for samples in sampled for r in samples.responses)
+        longest = max(len(r.ids) for samples in sampled for r in samples.responses)
+        return [
+            replace(s, responses=[replace(r, reward=len(r.ids) / longest) for r in s.responses])
+            for s in sampled
+        ]
+
+    graded = list(sample_groups(*base, problems, n=2, batch_size=2, grade=grade, seed=3, **OPTIONS))
+    plain = list(sample_groups(*base, problems, n=2, batch_size=2, seed=3, **OPTIONS))
+    assert seen == [
+        [p.id for p in problems[:8]],
+        [p.id for p in problems[8:16]],
+        [p.id for p in problems[16:]],
+    ]
+    assert [s.problem for s in graded] == problems and graded == [
+        replace(
+            s,
+            responses=[
+                replace(r, correct=None, answer=None, reward=g.reward)
+                for r, g in zip(s.responses, graded[i].responses)
+            ],
+        )
+        for i, s in enumerate(plain)
+    ]
+    assert all(r.reward is not None for s in graded for r in s.responses)
+    assert all(r.correct is not None and r.reward is None for s in plain for r in s.responses)
+
+
+def test_a_grader_that_loses_a_problem_is_a_bug_of_ours(base):
+    problems = read_problems("toy", "test", limit=3)
+    with pytest.raises(AssertionError, match="made 2 Samples of 3"):
+        list(sample_groups(*base, problems, n=1, grade=lambda sampled: sampled[1:], **OPTIONS))

@@ -1,10 +1,15 @@
 """sample.py as a person uses it: a typed question, resumable samples, evaluation; on the shipped base."""
 
+import io
 import json
+import re
+import sys
 
 import pytest
 
-from minicot.records import read_samples
+import sample as sample_script
+from minicot.records import Problem, Response, Samples, read_samples
+from minicot.toy import problems
 from minicot.training import resolve
 from tests.helpers import assert_one_line_error, script
 
@@ -18,7 +23,81 @@ def sample(*argv, cwd):
 def test_a_typed_question_is_answered_without_a_grade(tmp_path):
     done = sample("Tom has 3 apples. How many apples does Tom have?", "--max-new-tokens", 8, cwd=tmp_path)
     assert done.returncode == 0 and "Tom has 3 apples." in done.stdout and "gold" not in done.stdout
-    assert "\033[36m" in done.stdout  # neither right nor wrong
+    assert not any(word in done.stdout for word in ("right", "wrong", "no answer"))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+RIGHT, WRONG = "\033[32m", "\033[31m"
+SHOWN = [
+    Samples(
+        Problem("1", "Tom has 3 apples. Ana has 4 more apples than Tom. How many?", "7", choices=["7", "8"]),
+        [
+            Response("Ana has 3 + 4 = 7.\n\n#### 7", True, answer="7"),
+            Response("#### 8", False, answer="8"),
+            Response("Ana has", False),
+            Response("Ana has 3 +", False, finish="length"),
+        ],
+    ),
+    Samples(Problem("2", "Who?", history=[{"role": "user", "content": "Hi."}]), [Response("Tom.")]),
+    Samples(Problem("3", "What?", image="cut.png"), error="image 'cut.png': found a broken PNG"),
+]
+
+
+def shown(monkeypatch, out):
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("COLUMNS", "40")
+    sample_script.show(iter(SHOWN))
+    return out.getvalue()
+
+
+def test_problems_are_shown_for_a_person_to_read(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    text = shown(monkeypatch, io.StringIO())
+    assert (
+        text
+        == """\
+Tom has 3 apples. Ana has 4 more apples
+than Tom. How many?
+(A) 7
+(B) 8
+gold answer: 7
+  right:
+    Ana has 3 + 4 = 7.
+
+    #### 7
+  wrong:
+    #### 8
+  no answer:
+    Ana has
+  cut:
+    Ana has 3 +
+
+user: Hi.
+Who?
+
+    Tom.
+
+<image>
+What?
+picture: cut.png
+  image 'cut.png': found a broken PNG
+
+1 of 4 responses are right
+"""
+    )
+
+
+def test_colour_is_for_terminals_alone(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\033" not in shown(monkeypatch, Terminal())
+    monkeypatch.setenv("NO_COLOR", "")
+    text = shown(monkeypatch, Terminal())
+    assert f"{RIGHT}    Ana has 3 + 4 = 7." in text and f"{WRONG}  wrong:" in text
+    assert re.sub(r"\033\[\d+m", "", text) == shown(monkeypatch, io.StringIO())
 
 
 def test_interrupted_sampling_goes_on_and_ends_with_the_same_file(tmp_path):
@@ -45,11 +124,18 @@ def test_samples_of_other_settings_are_not_mixed(tmp_path):
     assert (tmp_path / "s.jsonl").read_text() == before
 
 
-def test_step_rewards_are_graded_by_the_oracle(tmp_path):
-    argv = ["--limit", 4, "--n", 2, "--max-new-tokens", 8, "--reward", "steps", "--out", "s.jsonl"]
-    assert sample(*argv, cwd=tmp_path).returncode == 0
-    rewards = [r.reward for s in read_samples(tmp_path / "s.jsonl") for r in s.responses]
-    assert len(rewards) == 8 and all(0 <= reward <= 1 for reward in rewards)
+def test_step_rewards_are_graded_by_the_oracle_beside_the_answers(tmp_path):
+    argv = ["--limit", 4, "--n", 2, "--max-new-tokens", 8]
+    for reward in ("steps", "correct"):
+        done = sample(*argv, "--reward", reward, "--out", f"{reward}.jsonl", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    steps, correct = (read_samples(tmp_path / f"{reward}.jsonl") for reward in ("steps", "correct"))
+    responses = [(samples.problem.id, r) for samples in steps for r in samples.responses]
+    assert len(responses) == 8 and all(r.reward == problems.grade(id_, r.text) for id_, r in responses)
+    assert [r.correct for s in steps for r in s.responses] == [
+        r.correct for s in correct for r in s.responses
+    ]
+    assert all(r.reward is None for s in correct for r in s.responses)
 
 
 def test_evaluation_writes_what_it_prints(tmp_path):
@@ -77,7 +163,9 @@ def test_evaluation_writes_what_it_prints(tmp_path):
         (["--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
         (["--split", "trial"], ["trial", "validation"]),
         (["--max-new-tokens", "100000"], ["problem 'toy-", "context of 512"]),
-        (["--style", "haiku"], ["haiku", "boxed"]),
+        (["--style", "haiku"], ["--style", "haiku", "boxed"]),
+        (["--image", "p.png"], ["--image", "without a question"]),
+        (["How many?", "--reward", "steps"], ["--reward", "but for toy problems"]),
         (["--data", "questions.jsonl", "--evaluate"], ["problems with an answer"]),
     ],
 )
@@ -92,3 +180,19 @@ def test_a_model_folder_with_broken_weights_is_refused_in_one_line(tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     assert_one_line_error(script("sample.py", "--model", tmp_path, "hi", cwd=tmp_path), "model.safetensors")
+
+
+def test_fields_of_a_file_and_conversations_pass_through_sampling(tmp_path):
+    row = {
+        "id": "a",
+        "question": "How many pens?",
+        "answer": "3",
+        "history": [{"role": "user", "content": "Tom has 3 pens."}, {"role": "assistant", "content": "Yes."}],
+        "plain": True,
+        "level": {"grade": 2},
+    }
+    (tmp_path / "set.jsonl").write_text(json.dumps(row) + "\n")
+    done = sample("--data", "set.jsonl", "--max-new-tokens", 4, "--out", "s.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "s.jsonl").read_text())
+    assert {name: written[name] for name in row} == row and written.keys() == row.keys() | {"responses"}

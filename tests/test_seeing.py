@@ -3,19 +3,20 @@
 import json
 import random
 from dataclasses import replace
+from textwrap import indent
 
 import pytest
 import torch
 from PIL import Image
 
-from minicot.data import IMAGE, check_pictures, collate, encode_row, image_reader
-from minicot.records import Problem
-from minicot.sets import read_problems
+from minicot.data import IMAGE, check_pictures, collate, encode_row, image_reader, longest_row, readable
 from minicot.data import render, target
-from minicot.records import read_samples
+from minicot.images import ImageProcessor
 from minicot.recipes.llava_diagnose import readings, save_as
+from minicot.records import Problem, read_samples
 from minicot.sampling import generate, sample_groups
 from minicot.scoring import pack, score, score_plain
+from minicot.sets import read_problems
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures
 from minicot.toy.base_text import PROCESSOR, TOWER, recall
@@ -60,7 +61,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def eyes(folder):
+def vlm(folder):
     model, tokenizer = load_model(folder).double().eval(), Tokenizer(folder)
     return model, tokenizer, image_reader(model, tokenizer, folder)
 
@@ -120,9 +121,7 @@ def test_the_flow_from_pictures_to_an_aligned_model(folder):
     assert done.returncode == 0, done.stderr
     after = load_model(home / "aft").state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all(
-        name.startswith("language_model.") for name in changed
-    )  # the eyes stay as they are
+    assert changed and all(name.startswith("language_model.") for name in changed)  # what sees stays as it is
     assert (home / "aft" / "preprocessor_config.json").is_file()
     done = run("sample.py", "--model", "aft", "--data", "toy-pictures", "--limit", 4, "--evaluate", "--blind")
     assert done.returncode == 0 and "greedy accuracy" in done.stdout
@@ -202,8 +201,8 @@ def test_the_tower_has_its_own_learning_rate(folder):
     assert_one_line_error(done, "--train", "projector", "language, all")
 
 
-def test_a_placeholder_becomes_n_tokens_and_a_picture_is_stored_once_a_group(eyes):
-    model, tokenizer, reader = eyes
+def test_a_placeholder_becomes_n_tokens_and_a_picture_is_stored_once_a_group(vlm):
+    model, tokenizer, reader = vlm
     groups = rows_of(tokenizer, toy_problems(3), k=3)
     batch = collate(groups, tokenizer.pad_id, reader)
     assert batch.images.shape == (3, 3, 64, 64) and batch.image_group.tolist() == [0, 1, 2]
@@ -214,8 +213,8 @@ def test_a_placeholder_becomes_n_tokens_and_a_picture_is_stored_once_a_group(eye
     assert pack(batch).ids.eq(reader.token_id).sum() == 3 * N  # computed once a group
 
 
-def test_score_with_pictures_equals_the_plain_path(eyes):
-    model, tokenizer, reader = eyes
+def test_score_with_pictures_equals_the_plain_path(vlm):
+    model, tokenizer, reader = vlm
     text = read_problems("toy", "train", limit=1)  # a mixed batch
     groups = rows_of(tokenizer, [*toy_problems(2), *text], k=3)
     batch, found = collate(groups, tokenizer.pad_id, reader), []
@@ -230,8 +229,8 @@ def test_score_with_pictures_equals_the_plain_path(eyes):
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-7, atol=1e-9)
 
 
-def test_samples_depend_on_the_picture_and_not_on_the_batch(eyes):
-    model, tokenizer, reader = eyes
+def test_samples_depend_on_the_picture_and_not_on_the_batch(vlm):
+    model, tokenizer, reader = vlm
     problems = [replace(p, question="How many?") for p in toy_problems(3)]
     options = dict(n=2, mode="cot", style="hash", max_new_tokens=12, temperature=1.0, reader=reader, seed=1)
     together = list(sample_groups(model, tokenizer, problems, **options))
@@ -241,8 +240,18 @@ def test_samples_depend_on_the_picture_and_not_on_the_batch(eyes):
     assert list(sample_groups(model, tokenizer, [other], **options))[0].responses != together[0].responses
 
 
-def test_no_model_draws_a_picture(eyes):
-    model, tokenizer, reader = eyes
+def test_pictures_are_sampled_about_in_bfloat16(folder, vlm):
+    model, tokenizer, reader = load_model(folder, dtype=torch.float32), *vlm[1:]
+    options = dict(n=2, mode="cot", style="hash", max_new_tokens=6, temperature=0.0, reader=reader)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = list(sample_groups(model, tokenizer, toy_problems(2), **options))
+    assert [len(samples.responses) for samples in narrow] == [2, 2]
+    narrow = list(sample_groups(model.bfloat16(), tokenizer, toy_problems(2), **options))
+    assert [len(samples.responses) for samples in narrow] == [2, 2]
+
+
+def test_no_model_draws_a_picture(vlm):
+    model, tokenizer, reader = vlm
     head = model.head
     model.head = lambda hidden: head(hidden).index_fill(-1, torch.tensor([reader.token_id]), 1e4)
     try:
@@ -252,8 +261,8 @@ def test_no_model_draws_a_picture(eyes):
     assert reader.token_id not in drawn
 
 
-def test_a_picture_of_another_size_and_format_reads_as_the_array(eyes, folder, tmp_path):
-    model, tokenizer, reader = eyes
+def test_a_picture_of_another_size_and_format_reads_as_the_array(vlm, folder, tmp_path):
+    model, tokenizer, reader = vlm
     name = toy_problems(1)[0].image
     picture = pictures.draw(name[4:])
     picture.resize((192, 192), Image.Resampling.NEAREST).save(tmp_path / "large.png")
@@ -330,11 +339,11 @@ def test_a_question_typed_by_hand_about_a_file_is_answered_as_about_the_array(na
         row["question"],
         cwd=tmp_path,
     )
-    assert done.returncode == 0 and row["solution"] in done.stdout, done.stdout
+    assert done.returncode == 0 and indent(row["solution"], "    ") in done.stdout, done.stdout
 
 
-def test_placeholders_stand_where_the_question_puts_them(eyes):
-    model, tokenizer, reader = eyes
+def test_placeholders_stand_where_the_question_puts_them(vlm):
+    model, tokenizer, reader = vlm
     two = [p.image for p in toy_problems(2)]
     before = Problem("a", "Which has more?", image=two)
     within = Problem("b", f"{IMAGE} or {IMAGE}: which has more?", image=two)
@@ -344,8 +353,8 @@ def test_placeholders_stand_where_the_question_puts_them(eyes):
     assert collate(rows, tokenizer.pad_id, reader).image_group.tolist() == [0, 0, 1, 1]
 
 
-def test_pictures_that_disagree_with_the_text_are_refused(eyes, tmp_path):
-    model, tokenizer, reader = eyes
+def test_pictures_that_disagree_with_the_text_are_refused(vlm, tmp_path):
+    model, tokenizer, reader = vlm
     one = toy_problems(1)[0].image
     bad = Problem("b", f"{IMAGE}{IMAGE} How many?", image=one)
     row = encode_row(tokenizer, bad, "1", mode="plain")
@@ -371,18 +380,65 @@ def test_one_bad_picture_costs_its_own_problem_alone(folder, tmp_path):
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--model", folder, "--data", "set.jsonl", "--max-new-tokens", 4]
     done = script("sample.py", *words, "--out", "samples.jsonl", cwd=tmp_path)
-    assert (
-        done.returncode == 0 and "1 problems without a response" in done.stdout and "bad.png" in done.stdout
-    )
+    assert done.returncode == 0 and "1 of 2 problems without a response" in done.stdout, done.stderr
+    assert "the first is 'bad': image 'bad.png'" in done.stdout
     found = {s.problem.id: s for s in read_samples(tmp_path / "samples.jsonl")}
     assert len(found["good"].responses) == 1 and "bad.png" in found["bad"].error
     done = script("sample.py", *words, "--evaluate", "--out", "results.json", cwd=tmp_path)
     assert done.returncode == 0 and "bad.png" in done.stdout
-    assert len(json.loads((tmp_path / "results.json").read_text())["correct"]) == 2  # it counts as wrong
+    assert len(json.loads((tmp_path / "results.json").read_text())["correct"]) == 2
+    done = script("sample.py", *words, "--evaluate", "--n", 4, "--out", "results.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "(they count as wrong); the first is 'bad': image 'bad.png'" in done.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["correct"][1] == 0 and results["metrics"]["k"] == 4 and results["metrics"]["problems"] == 2
+    assert max(*results["metrics"]["pass"].values(), results["metrics"]["majority"]) <= 0.5
+    model, tokenizer = load_model(folder), Tokenizer(folder)
+    problems = read_problems(str(tmp_path / "set.jsonl"))
+    good, unread = readable(problems, image_reader(model, tokenizer, folder))
+    assert good == problems[:1] and len(unread) == 1 and unread[0].startswith("bad: image 'bad.png': found")
     done = script(
         "train.py", "--init", folder, "--data", "set.jsonl", "--mode", "direct", "--out", "x", cwd=tmp_path
     )
     assert_one_line_error(done, "bad.png")
+
+
+def test_a_verifier_keeps_the_problems_that_it_cannot_score(folder, tmp_path):
+    problem = {"question": "How many?", "image": toy_problems(1)[0].image}
+    rows = [problem | {"id": "a", "error": "unread", "responses": []}]
+    rows += [
+        problem | {"id": "b", "level": 2, "responses": [{"text": "3", "correct": None, "finish": "stop"}]}
+    ]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--verifier", folder, "--ref", folder, "--samples", "s.jsonl", "--out", "scored.jsonl"]
+    done = script("sample.py", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines())
+    assert first["id"] == "a" and first["error"] == "unread" and second["level"] == 2
+    assert second["responses"][0]["scores"] == {"dpo": 0.0}
+
+
+def test_a_picture_that_comes_out_in_another_size_than_the_model_reads_is_named(vlm, tmp_path):
+    """By a folder whose processor keeps the shape: square pictures fit, others don't."""
+    options = PROCESSOR | {"size": {"shortest_edge": 64}}
+    reader = replace(vlm[2], processor=ImageProcessor.from_dict(options))
+    for name, size in (("square.png", (80, 80)), ("wide.png", (160, 80))):
+        Image.new("RGB", size).save(tmp_path / name)
+    problems = [
+        Problem(name, "q", image=name, image_root=str(tmp_path)) for name in ("square.png", "wide.png")
+    ]
+    good, unread = readable(problems, reader)
+    assert good == problems[:1] and "makes 128 x 64 pixels of it; allowed: 64 x 64" in unread[0]
+
+
+def test_a_row_may_be_as_long_as_leaves_room_for_its_picture(vlm):
+    reader, problems = vlm[2], toy_problems(1)
+    assert longest_row(512, problems, reader) == 512 - (N - 1)
+    assert (
+        longest_row(512, [replace(problems[0], image=None)], reader)
+        == longest_row(512, problems, None)
+        == 512
+    )
 
 
 @pytest.mark.parametrize("image", ["../out.png", "missing.png"])

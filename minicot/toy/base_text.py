@@ -112,11 +112,11 @@ PROCESSOR = {
 
 def arithmetic(rng):
     """A line of true equations, in symbols and in words."""
-    found = []
+    equations = []
     for _ in range(rng.randint(3, 7)):
         a, b = rng.randint(2, 60), rng.randint(2, 20)
         small, factor = rng.randint(2, 20), rng.randint(2, 9)
-        found.append(
+        equations.append(
             rng.choice(
                 (
                     f"{a} + {b} = {a + b}",
@@ -133,7 +133,7 @@ def arithmetic(rng):
                 )
             )
         )
-    return rng.choice((". ", ", ", "\n")).join(found)
+    return rng.choice((". ", ", ", "\n")).join(equations)
 
 
 def paraphrase(rng):
@@ -156,8 +156,8 @@ def paraphrase(rng):
 
 def base_rows(n):
     """n rows {question: "", solution: text} for train.py: pretraining is SFT on rows with an empty prompt."""
-    rng, found, scene_seed = random.Random("base text 0"), [], FIRST_SEED
-    while len(found) < n:
+    rng, rows, scene_seed = random.Random("base text 0"), [], FIRST_SEED
+    while len(rows) < n:
         kind = rng.choices(("problem", "read", "arithmetic", "paraphrase"), (3, 4, 4, 1))[0]
         if kind in ("problem", "read"):
             scene = make_scene(scene_seed)
@@ -171,8 +171,8 @@ def base_rows(n):
             text = row_of(scene)["question"]
         else:
             text = arithmetic(rng) if kind == "arithmetic" else paraphrase(rng)
-        found.append({"question": "", "solution": text})
-    return found
+        rows.append({"question": "", "solution": text})
+    return rows
 
 
 # What gives the text base eyes: file -> its size n for each of --rows, the first picture or scene (the first
@@ -213,7 +213,7 @@ def listed(row):
         for item in dict.fromkeys(one.item for one in shown)
     }
     names = ", ".join(dict.fromkeys(one.who for one in shown))
-    return " ".join([f"{names}.", *(f"{item}: {', '.join(found)}." for item, found in numbers.items())])
+    return " ".join([f"{names}.", *(f"{item}: {', '.join(said)}." for item, said in numbers.items())])
 
 
 def recall(rng, how):
@@ -238,6 +238,40 @@ def recall(rng, how):
     return {"question": say(names), "solution": say(asked)}
 
 
+def caption_rows(split: str, n: int, *, start: int = 0, kind: str | None = None) -> list[dict]:
+    """Pictures with all that they show as the solution: {id, question, solution, image}. The scenes of
+    pictures.rows(split, n, ...)."""
+    return [
+        {
+            "id": f"{scene.id}-caption",
+            "question": "How many does each have?" + pictures.PLACEHOLDER,
+            "solution": pictures.row_of(scene)["caption"],
+            "image": f"toy:{scene.id}",
+        }
+        for scene in pictures.scenes(split, n, start, kind)
+    ]
+
+
+def cell_rows(split: str, n: int, *, start: int = 0) -> list[dict]:
+    """Tables, line by line: "Zoe: pears 13, cards 9." {id, question, solution, image}. Which column is said
+    first is drawn for each person, so that a number must be found by the thing that is named before it."""
+    rows = []
+    for scene in pictures.scenes(split, n, start, "table"):
+        rng, cells = random.Random(f"cells {scene.id}"), {}
+        for one in pictures.in_picture(scene):
+            cells.setdefault(one.who, []).append(f"{one.item} {one.value}")
+        lines = [f"{who}: {', '.join(rng.sample(two, len(two)))}." for who, two in cells.items()]
+        rows.append(
+            {
+                "id": f"{scene.id}-cells",
+                "question": "How many of what does each have?" + pictures.PLACEHOLDER,
+                "solution": " ".join(lines),
+                "image": f"toy:{scene.id}",
+            }
+        )
+    return rows
+
+
 def as_files(rows, folder):
     """Yield the rows; half of the readings, drawn, name a JPEG of their picture in another size, made in
     `folder`: who has only seen the arrays misreads such files."""
@@ -260,8 +294,8 @@ def ask(rows, how):
 # Kind of row -> its rows (k, start) of the train split. No row works on a picture.
 THINK, BRIEF = "Think step by step.", "Answer briefly."
 ROWS = {
-    "caption": lambda k, start: pictures.caption_rows("train", k, start=start),
-    "cells": lambda k, start: pictures.cell_rows("train", k, start=start),
+    "caption": lambda k, start: caption_rows("train", k, start=start),
+    "cells": lambda k, start: cell_rows("train", k, start=start),
     "reading": lambda k, start: ask(pictures.reading_rows("train", k, start=start), THINK),
     "table": lambda k, start: ask(pictures.reading_rows("train", k, start=start, kind="table"), THINK),
     "number": lambda k, start: ask(

@@ -29,6 +29,7 @@ from minicot.toy import problems
 from minicot.toy.problems import FACTS, ITEMS, LINKS, NAMES, Quantity, Scene
 
 KINDS = ("rows", "bars", "table")
+PICTURE_ID = re.compile(rf"({'|'.join(KINDS)})-(\d{{1,18}})-([123])")
 PEOPLE = {"rows": (3, 4), "bars": (3,), "table": (3,)}  # how many there are in a picture
 LARGEST = {"rows": 12, "bars": 12, "table": 20}  # the numbers in it are 2 .. this
 DIFFICULTIES, DIFFICULTY_WEIGHTS = (2, 3), (3, 1)  # operations, and how often each is drawn
@@ -36,7 +37,6 @@ SIZE, PATCH = 64, 8
 # Where the picture stands in a question: behind the words. So it is always equally far from the response,
 # whatever the question's length, and a small model that has learned to read captions reads here too.
 PLACEHOLDER = "\n<image>"
-CAPTION_QUESTION = "How many does each have?" + PLACEHOLDER
 
 # How a step says what was read, for each of problems.WORDINGS. {p} owner, {c} number, {i} item.
 READINGS = {
@@ -110,7 +110,7 @@ def make_picture(seed: int, kind: str | None = None, difficulty: int | None = No
     drawn = draw_one.choice(KINDS), draw_one.choices(DIFFICULTIES, DIFFICULTY_WEIGHTS)[0]
     kind, difficulty = kind or drawn[0], drawn[1] if difficulty is None else difficulty
     if kind not in KINDS or difficulty not in (1, 2, 3):
-        raise InputError(
+        raise ValueError(
             f"toy picture {seed}: kind {kind!r}, difficulty {difficulty}; allowed: "
             f"{', '.join(KINDS)} and 1 to 3"
         )
@@ -159,6 +159,11 @@ def _try_picture(rng, scene_id, kind, difficulty):
     return scene if needs > 1 and problems._is_fair(scene) else None
 
 
+def is_id(text: str) -> bool:
+    """Whether a text is the id of a picture, which `draw` takes."""
+    return PICTURE_ID.fullmatch(text) is not None
+
+
 def is_picture(scene: Scene) -> bool:
     """Whether a scene's given numbers are drawn."""
     return scene.id.split("-")[0] in KINDS
@@ -170,7 +175,7 @@ def scene_of(row_or_id: dict | str | Scene) -> Scene:
     if isinstance(row_or_id, Scene):
         return row_or_id
     problem_id = row_or_id if isinstance(row_or_id, str) else row_or_id["id"]
-    match = re.fullmatch(rf"({'|'.join(KINDS)})-(\d+)-([123])", problem_id)
+    match = PICTURE_ID.fullmatch(problem_id)
     return make_picture(int(match[2]), match[1], int(match[3])) if match else problems.scene_of(problem_id)
 
 
@@ -245,7 +250,8 @@ def make_problem(
     return row_of(make_picture(seed, kind, difficulty), wording=wording)
 
 
-def _scenes(split, n, start, kind, difficulty=None):
+def scenes(split, n, start, kind, difficulty=None):
+    """The scenes start .. start + n - 1 of a split, the same in every process."""
     make = lambda seed: make_picture(seed, kind, difficulty)
     return problems.scenes_in_split(make, split_of, split, n, start)
 
@@ -261,52 +267,18 @@ def rows(
 ) -> list[dict]:
     """The rows start .. start + n - 1 of a split, in the order of their seeds: the same list in every
     process. ValueError for an unknown split."""
-    return [row_of(scene, wording=wording) for scene in _scenes(split, n, start, kind, difficulty)]
-
-
-def caption_rows(split: str, n: int, *, start: int = 0, kind: str | None = None) -> list[dict]:
-    """Pictures with all that they show as the solution: {id, question, solution, image}. The scenes of
-    rows(split, n, ...)."""
-    return [
-        {
-            "id": f"{scene.id}-caption",
-            "question": CAPTION_QUESTION,
-            "solution": row_of(scene)["caption"],
-            "image": f"toy:{scene.id}",
-        }
-        for scene in _scenes(split, n, start, kind)
-    ]
-
-
-def cell_rows(split: str, n: int, *, start: int = 0) -> list[dict]:
-    """Tables, line by line: "Zoe: pears 13, cards 9." {id, question, solution, image}. Which column is said
-    first is drawn for each person, so that a number must be found by the thing that is named before it."""
-    found = []
-    for scene in _scenes(split, n, start, "table"):
-        rng, cells = random.Random(f"cells {scene.id}"), {}
-        for one in in_picture(scene):
-            cells.setdefault(one.who, []).append(f"{one.item} {one.value}")
-        lines = [f"{who}: {', '.join(rng.sample(two, len(two)))}." for who, two in cells.items()]
-        found.append(
-            {
-                "id": f"{scene.id}-cells",
-                "question": "How many of what does each have?" + PLACEHOLDER,
-                "solution": " ".join(lines),
-                "image": f"toy:{scene.id}",
-            }
-        )
-    return found
+    return [row_of(scene, wording=wording) for scene in scenes(split, n, start, kind, difficulty)]
 
 
 def perception_rows(split: str, n: int, *, start: int = 0, kind: str | None = None) -> list[dict]:
     """Questions that read ONE number of a picture: {id, question, answer, fact, image}, one for each of the
     scenes of rows(split, n, ...); `fact` is its place in that row's facts."""
-    found = []
-    for scene in _scenes(split, n, start, kind):
+    questions = []
+    for scene in scenes(split, n, start, kind):
         fact = random.Random(f"fact {scene.id}").randrange(len(in_picture(scene)))
         asked = scene.quantities[fact]
         question = f"How many {asked.item} does {asked.who} have?{PLACEHOLDER}"
-        found.append(
+        questions.append(
             {
                 "id": f"{scene.id}-fact{fact}",
                 "question": question,
@@ -315,17 +287,17 @@ def perception_rows(split: str, n: int, *, start: int = 0, kind: str | None = No
                 "image": f"toy:{scene.id}",
             }
         )
-    return found
+    return questions
 
 
 def reading_rows(split: str, n: int, *, start: int = 0, kind: str | None = None) -> list[dict]:
     """Questions for every number of ONE thing, asked behind what a problem tells; the solution reads them in
     the picture's order, as a worked solution begins: {id, question, solution, image}."""
-    found = []
-    for scene in _scenes(split, n, start, kind):
+    readings = []
+    for scene in scenes(split, n, start, kind):
         row, reads = row_of(scene), read_from(scene)
         asked = f"How many {scene.asked.item} does each have in the picture?{PLACEHOLDER}"
-        found.append(
+        readings.append(
             {
                 "id": f"{scene.id}-reading",
                 "image": f"toy:{scene.id}",
@@ -333,7 +305,7 @@ def reading_rows(split: str, n: int, *, start: int = 0, kind: str | None = None)
                 "solution": "\n".join(row["steps"][: len(reads)]),
             }
         )
-    return found
+    return readings
 
 
 def label_steps(row_or_id: dict | str | Scene, steps: list[str]) -> list[bool]:
@@ -352,23 +324,22 @@ def grade(row_or_id: dict | str | Scene, text: str, style: str = "hash") -> floa
 @cache
 def glyphs() -> dict:
     """Character or item -> its (H,W) bool bitmap."""
-    found = {}
+    bitmaps = {}
     for names, art in (("ABEIJKLMNOSTVXZ", LETTERS), ("0123456789", DIGITS), (ITEMS, THINGS)):
         lines = [line.split() for line in art.split("\n") if line]
         for i, name in enumerate(names):
-            found[name] = np.array([[c == "#" for c in line[i]] for line in lines])
-    return found
+            bitmaps[name] = np.array([[c == "#" for c in line[i]] for line in lines])
+    return bitmaps
 
 
 def draw(picture_id: str) -> Image.Image:
-    """The 64 x 64 RGB picture of an id: the same bytes in every process. ValueError for an id of none."""
-    scene = scene_of(picture_id)
-    if not is_picture(scene):
+    """The 64 x 64 RGB picture of an id: the same bytes in every process. InputError for an id of none."""
+    if not is_id(picture_id):
         raise InputError(
             f"picture id is {picture_id!r}; allowed: <kind>-<seed>-<difficulty>, "
             f"kind one of {', '.join(KINDS)}"
         )
-    canvas = np.full((SIZE, SIZE, 3), WHITE, np.uint8)
+    scene, canvas = scene_of(picture_id), np.full((SIZE, SIZE, 3), WHITE, np.uint8)
     {"rows": _draw_rows, "bars": _draw_bars, "table": _draw_table}[picture_id.split("-")[0]](
         canvas, in_picture(scene), random.Random(f"draw {scene.id}")
     )

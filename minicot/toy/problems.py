@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from itertools import count, islice
 
 from minicot.answers import extract_answer, is_correct, split_steps
+from minicot.errors import InputError
 
 NAMES = ("Tom", "Ana", "Ben", "Eva", "Max", "Lea", "Sam", "Mia", "Leo", "Zoe", "Kim", "Jon")
 ITEMS = ("apples", "pears", "books", "cards", "coins", "shells", "pens", "eggs", "cups", "balls")
@@ -302,13 +303,13 @@ def easier(scene: Scene) -> Scene:
 
 def scene_of(row_or_id: dict | str | Scene) -> Scene:
     """Rebuild the scene of a row or of an id `toy-<seed>-<difficulty>-<distractors>`, followed by `.h<seed>`
-    or `.e` a step of evolution. ValueError for an id of another form."""
+    or `.e` a step of evolution. InputError for an id of another form."""
     if isinstance(row_or_id, Scene):
         return row_or_id
     problem_id = row_or_id if isinstance(row_or_id, str) else row_or_id["id"]
-    match = re.fullmatch(r"toy-(\d+)-(\d)-(\d)((?:\.h\d+|\.e)*)", problem_id)
+    match = re.fullmatch(r"toy-(\d+)-([1-6])-([0-3])((?:\.h\d+|\.e)*)", problem_id)
     if not match:
-        raise ValueError(
+        raise InputError(
             f"problem id is {problem_id!r}; allowed: toy-<seed>-<difficulty>-<distractors>, "
             "as make_problem writes it"
         )
@@ -447,7 +448,7 @@ def perception_questions(row_or_id: dict | str | Scene) -> list[dict]:
     told, then e.g. "How many apples does Tom have?" for a given quantity, "How many more apples does Ana have
     than Tom?" for a comparison. `fact` is the place in facts."""
     scene = scene_of(row_or_id)
-    told = " ".join(fact_sentences(scene))
+    facts = " ".join(fact_sentences(scene))
     ask = {
         "given": "How many {i} does {p} have?",
         "more": "How many more {i} does {p} have than {q}?",
@@ -457,21 +458,21 @@ def perception_questions(row_or_id: dict | str | Scene) -> list[dict]:
         "got": "How many {i} did {p} have at first?",
         "bags": "How many bags does {p} have?",
     }
-    found = []
+    questions = []
     for number, place in enumerate(scene.order):
         quantity = scene.quantities[place]
         if quantity.kind in ask:
             q = scene.quantities[quantity.of[0]].who if quantity.of else None
             question = ask[quantity.kind].format(i=quantity.item, p=quantity.who, q=q)
-            found.append(
+            questions.append(
                 {
                     "id": f"{scene.id}-fact{number}",
-                    "question": f"{told} {question}",
+                    "question": f"{facts} {question}",
                     "answer": str(quantity.numbers[0]),
                     "fact": number,
                 }
             )
-    return found
+    return questions
 
 
 # ---- the step oracle ---------------------------------------------------------------------------------------
@@ -595,7 +596,7 @@ def grade(row_or_id: dict | str | Scene, text: str, style: str = "hash") -> floa
     """
     scene = scene_of(row_or_id)
     labels, derived = derived_by(scene, split_steps(text))
-    found = {replace(q, of=tuple(sorted(q.of))) for q in derived}  # Ana and Ben, Ben and Ana: one total
+    done = {replace(q, of=tuple(sorted(q.of))) for q in derived}  # Ana and Ben, Ben and Ana: one total
     needed = {replace(q, of=tuple(sorted(q.of))) for q in scene.derivation}
-    quality = sum(labels) / len(labels) * len(found & needed) / len(needed) if labels else 0.0
+    quality = sum(labels) / len(labels) * len(done & needed) / len(needed) if labels else 0.0
     return 0.6 * is_correct(extract_answer(text, style), str(scene.asked.value)) + 0.4 * quality

@@ -62,10 +62,10 @@ def unify(row: dict) -> dict:
     steps, seen = [], []
     for step in split_steps(row["solution"]):
         derived = problems.derived_by(scene, [*seen, step])[1] - problems.derived_by(scene, seen)[1]
-        told = [q for q in scene.derivation if q in derived]
+        stated = [q for q in scene.derivation if q in derived]
         plain = re.sub(r"^step \d+\s*[:.]\s*", "", " ".join(step.split()), flags=re.IGNORECASE)
-        told = told or [q for q in read_from(scene) if plain in {write_step(scene, q, w) for w in WORDINGS}]
-        steps += [write_step(scene, q, "plain") for q in told] or [plain]
+        reads = [q for q in read_from(scene) if plain in {write_step(scene, q, w) for w in WORDINGS}]
+        steps += [write_step(scene, q, "plain") for q in stated or reads] or [plain]
         seen.append(step)
     return _with_solution(row, steps, answer)
 
@@ -101,21 +101,21 @@ def _carried_on(scene: Scene, rng: random.Random, kind: str, wording: str) -> tu
     """Steps with one mistake and its consequences, and the wrong answer; tries until all stays whole and
     positive."""
     while True:
-        told = {q: q.numbers for q in scene.quantities}  # the question's numbers, as read
+        as_read = {q: q.numbers for q in scene.quantities}  # the question's numbers
         wrong, change = rng.choice(scene.derivation), rng.choice((-10, -2, -1, 1, 2, 10))
         if kind == "misread":
             reads = [q for q in (scene.quantities[place] for place in scene.needed) if q.numbers]
             shown = [q for q in read_from(scene) if q in reads]
             wrong, furthest = rng.choice(shown or reads), 3 if shown else 16
             place, change = rng.randrange(len(wrong.numbers)), rng.choice((-1, 1)) * rng.randint(1, furthest)
-            told[wrong] = tuple(n + change * (i == place) for i, n in enumerate(wrong.numbers))
+            as_read[wrong] = tuple(n + change * (i == place) for i, n in enumerate(wrong.numbers))
         symbol = rng.choice("+-x/") if kind == "operation" else None
         values, steps = {}, []
         needed = [scene.quantities[place] for place in scene.needed]
         for q in dict.fromkeys([*read_from(scene), *needed, scene.asked]):
             slip = change if kind == "arithmetic" and q is wrong else 0
-            values[q], step = _redo(scene, q, values, told, slip, symbol if q is wrong else None, wording)
-            if values[q] is None or values[q] < 1 or min(told.get(q) or (1,)) < 1:
+            values[q], step = _redo(scene, q, values, as_read, slip, symbol if q is wrong else None, wording)
+            if values[q] is None or values[q] < 1 or min(as_read.get(q) or (1,)) < 1:
                 break
             steps += step
         else:
@@ -123,10 +123,12 @@ def _carried_on(scene: Scene, rng: random.Random, kind: str, wording: str) -> tu
                 return steps, values[scene.asked]
 
 
-def _redo(scene: Scene, q: Quantity, values: dict, told: dict, change: int, symbol: str | None, wording: str):
+def _redo(
+    scene: Scene, q: Quantity, values: dict, as_read: dict, change: int, symbol: str | None, wording: str
+):
     """A quantity's value from the values and numbers as (mis)taken so far, and its step (none for what is
     read in the question)."""
-    numbers = (2,) if q.kind == "half" else told.get(q, ())
+    numbers = (2,) if q.kind == "half" else as_read.get(q, ())
     taken = tuple(values[scene.quantities[place]] for place in q.of) + numbers
     if FACTS[q.kind][0] is None:
         return taken[0], [write_step(scene, q, wording, taken)] * (q in in_picture(scene))
