@@ -7,8 +7,10 @@ Letters: N rows, B groups (problems), K the largest group of the batch, T tokens
 """
 
 import hashlib
+import itertools
 import math
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -429,3 +431,30 @@ def make_groups(tokenizer, samples, *, mode, max_length, reference):
     if not groups:
         raise InputError(f"no group is left of {len(samples)}: {dict(counts)}")
     return groups, dict(counts)
+
+
+# ---- pictures ahead of time ------------------------------------------------------------------------
+
+
+def readable(problems, reader):
+    """(problems whose pictures can be read, "id: reason" of the others). Drawn pictures need no look."""
+    good, reasons = [], []
+    for problem in problems:
+        try:
+            if reader is not None:
+                reader.pixels([image for image in problem.images if not image[0].startswith("toy:")])
+            good.append(problem)
+        except (ValueError, OSError) as error:
+            reasons.append(f"{problem.id}: {error}")
+    return good, reasons
+
+
+def ahead(function, items):
+    """Yield function(item) in the order of the items; the next is computed in a thread meanwhile."""
+    items = iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(function, item) for item in itertools.islice(items, 1))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(thread.submit(function, item) for item in itertools.islice(items, 1))
+            yield result

@@ -41,7 +41,7 @@ class Tokenizer:
     tokenizer.json and template.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, chat_template=""):
         self.folder = Path(folder)
         if not (self.folder / "tokenizer.json").is_file():
             raise InputError(f"{self.folder}: no tokenizer.json there")
@@ -67,6 +67,10 @@ class Tokenizer:
         self.pad_id = self.eos_id if pad is None else pad
         self.stop_ids = tuple(dict.fromkeys([self.eos_id, *stops]))
         self.chat_template = self._read_template(config)
+        if chat_template:
+            plain = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
+            self.chat_template = plain if chat_template == "plain" else Path(chat_template).read_text("utf-8")
+            self.files["chat_template.jinja"] = self.chat_template.encode()
         self.fingerprint = self._fingerprint()
 
     def add_token(self, token: str) -> int:
