@@ -164,6 +164,8 @@ def generate(
         )
 
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
     slots = min(len(prompts), max(1, max_rows // n)) if max_rows else len(prompts)
     cache = DecodeCache(model.config, slots, n, longest, max_new_tokens, dtype=dtype, device=device)
     placeholder = model.vlm_config.image_token_id if hasattr(model, "vlm_config") else -1
@@ -232,7 +234,7 @@ def prefill(model, cache, slots, prompts, images):
     real = torch.arange(P, device=device) < lengths[:, None]
     pixels = [picture for i in unique for picture in images[i]]
     embeds = model.embed(ids, torch.stack(pixels).to(device)) if pixels else model.embed(ids)
-    held = KVCache(model.config, len(unique), P, dtype=embeds.dtype, device=device)
+    held = KVCache(model.config, len(unique), P, dtype=cache.own.keys[0].dtype, device=device)
     hidden = model.hidden_states(embeds, pad_mask=real, cache=held)
     of = torch.tensor([unique.index(first[key]) for key in keys], device=device)
     held.select(of)
