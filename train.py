@@ -70,15 +70,11 @@ def read_data(config, reader):
     return problems, held_out
 
 
-def make_rows(tokenizer, problems, config, max_length):
-    """Rows of problems, one each (two with --mode both), and how many were too long."""
-    modes = ("cot", "direct") if config.mode == "both" else (config.mode,)
-    rows = [
-        encode_row(tokenizer, problem, target(problem, mode), mode=mode)
-        for problem in problems
-        for mode in modes
-    ]
-    return fit(rows, max_length, config.overlong) if rows else ([], 0)
+def make_rows(tokenizer, problems, modes, max_length, overlong):
+    """Rows of problems, one for each mode, and how many were too long."""
+    encode = lambda problem, mode: encode_row(tokenizer, problem, target(problem, mode), mode=mode)
+    rows = [encode(problem, mode) for problem in problems for mode in modes]
+    return fit(rows, max_length, overlong) if rows else ([], 0)
 
 
 def main(config):
@@ -90,9 +86,12 @@ def main(config):
     problems, held_out = read_data(config, reader)
     context = model.config.max_position_embeddings
     max_length = min(config.max_length or context, text_room(context, problems + held_out, reader))
-    rows, n_overlong = make_rows(tokenizer, problems, config, max_length)
-    solved = [p for p in held_out if (p.answer if config.mode == "direct" else p.solution) is not None]
-    held_out_rows, n_overlong_held_out = make_rows(tokenizer, solved, config, max_length)
+    modes = ("cot", "direct") if config.mode == "both" else (config.mode,)
+    lacks = lambda problem, mode: (problem.answer if mode == "direct" else problem.solution) is None
+    solved = [problem for problem in held_out if not any(lacks(problem, mode) for mode in modes)]
+    how = (modes, max_length, config.overlong)
+    rows, n_overlong = make_rows(tokenizer, problems, *how)
+    held_out_rows, n_more = make_rows(tokenizer, solved, *how)
     check_pictures([rows, held_out_rows], reader, config.data)
     if config.peek:
         peek(tokenizer, [[row] for row in rows[: config.peek]])
@@ -100,7 +99,7 @@ def main(config):
     check(n_rows > 0, "--epochs", config.epochs, f"enough for one of the {len(rows)} rows")
     lengths = [len(row.ids) if config.group_by_length else 0 for row in rows]
     batches = schedule(lengths, config.batch_size, n_rows, seed_of(config.seed, "order"))
-    asking = how_to_ask(config, "cot" if config.mode == "both" else config.mode, reader)
+    asking = how_to_ask(config, modes[0], reader)
     graded = [problem for problem in held_out if problem.answer is not None]
     held_out_too = dict(problems=graded, rows=held_out_rows, asking=asking, config=config)
     evaluate = partial(measure, tokenizer=tokenizer, **held_out_too)
@@ -118,8 +117,8 @@ def main(config):
         log = Log(run.out / "metrics.jsonl", first)
         print(
             f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}; {len(rows):,} rows and "
-            f"{len(held_out)} held-out problems ({n_overlong + n_overlong_held_out} rows over {max_length} "
-            f"tokens left out); steps {first + 1} to {len(batches)}"
+            f"{len(held_out)} held-out problems ({n_overlong + n_more} rows over {max_length} tokens "
+            f"left out); steps {first + 1} to {len(batches)}"
         )
         if held_out and not first:
             keep_before(run.out, evaluate(model))

@@ -285,10 +285,13 @@ def run(main, config_class, argv=None, **choices):
     in one line and exit code 128 + signal (in a training loop: see training.Run). Any other exception is a
     bug of ours and keeps its traceback."""
 
+    handlers = {}
+
     def interrupt(number, _frame):
+        for other in handlers:
+            signal.signal(other, signal.SIG_IGN)  # what has begun to end is not interrupted again
         raise KeyboardInterrupt(number)
 
-    handlers = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) is not signal.SIG_IGN:

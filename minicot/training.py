@@ -51,7 +51,13 @@ def train_first(out="runs/sft"):
         raise InputError(f"{out} holds an unfinished run; allowed: python train.py --resume (or --overwrite)")
     if not Path(out).exists():
         print(f"{out} is not there yet: running `python train.py` first", flush=True)
-        code = subprocess.run([sys.executable, str(ROOT / "train.py"), "--out", out], check=False).returncode
+        with subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--out", out]) as child:
+            try:
+                code = child.wait()
+            except KeyboardInterrupt:  # it saves a checkpoint and ends, see Run.end_step
+                child.terminate()
+                child.wait()
+                raise
         if code:
             raise InputError(f"python train.py ended with exit code {code}")
     return out

@@ -3,7 +3,12 @@
 import contextlib
 import io
 import os
+import signal
+import subprocess
+import sys
+import time
 import types
+from pathlib import Path
 
 import align
 import sample
@@ -30,6 +35,28 @@ def script(name, *argv, cwd):
     finally:
         os.chdir(before)
     return types.SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def start(name, *argv, cwd, ready="", home=Path(__file__).parent.parent):
+    """Start a script as a process of its own, and wait until the file cwd/ready, if named, is there."""
+
+    def as_from_a_terminal():  # a shell in the background starts its children deaf to SIGINT
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    words = [sys.executable, home / name, *map(str, argv)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, cwd=cwd, preexec_fn=as_from_a_terminal, **pipes)
+    deadline = time.time() + 60
+    while ready and not (cwd / ready).is_file():
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.01)
+    return process
+
+
+def finished(process, timeout=60):
+    """Wait for a started script -> its returncode, stdout and stderr."""
+    out, err = process.communicate(timeout=timeout)
+    return types.SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err)
 
 
 def assert_one_line_error(done, *parts):
