@@ -404,7 +404,8 @@ def main(config):
 
             line = watch(tables, method, config.beta)
             progress.set_postfix_str(f"loss {loss:.3f}, pairs in order {line['ranking_accuracy'] or 0:.0%}")
-            if held_out and config.probe_every and (step % config.probe_every == 0 or step in (1, steps[-1])):
+            due = config.probe_every and (step % config.probe_every == 0 or step in (1, steps[-1]))
+            if held_out and due and not run.signal:
                 line |= probe(model, tokenizer, held_out[: config.probe_limit], asking, config, device)
             n_tokens = sum(int(batch.pad_mask.sum()) for batch, _ in micros)
             log.write(step, n_tokens, loss=loss, lr=lr, grad_norm=grad_norm, **line)

@@ -80,7 +80,7 @@ def make_rows(tokenizer, problems, modes, max_length, overlong):
 def main(config):
     device, init = pick_device(config.device), resolve(config.init)
     folder = init.parent if init.is_file() else init
-    inputs = [folder, *config.data.split(":")[-1:]]
+    inputs = [folder, config.data.split(":")[-1], config.tokenizer or folder, config.vision or folder]
     check_out(config, inputs)
     model, tokenizer, reader = load_start(config, init, folder, device)
     problems, held_out = read_data(config, reader)

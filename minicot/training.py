@@ -359,8 +359,8 @@ class Run:
             raise SystemExit(128 + self.signal if self.signal else 0)
 
     def finish(self, model, tokenizer, reader, log, device):
-        """The end of a run: save the model folder, drop what the run has replaced, report."""
-        self.stop_listening()
+        """The end of a run: save the model folder, drop what the run has replaced, report. A signal that
+        comes meanwhile waits until the model is saved."""
         with written_beside(self.out / "model-folder", folder=True) as part:
             save_model(model, part)
             tokenizer.save(part)
@@ -374,6 +374,10 @@ class Run:
                     remove(path)
             if not any(self.old.iterdir()):
                 self.old.rmdir()
+        self.stop_listening()
+        if self.signal:
+            print(f"stopped by {signal.Signals(self.signal).name}; the model is saved in {self.out}")
+            raise SystemExit(128 + self.signal)
         lines = log.read()
         last, speed = [line["loss"] for line in lines[-20:]], lines[-1]["tokens_per_s"]
         share = mfu(model, speed, device)

@@ -159,6 +159,7 @@ def test_a_run_is_never_replaced_unasked_nor_lost_by_a_failing_one(base, tmp_pat
     refused("--resume", "--overwrite", parts=["both given"])
     refused("--overwrite", "--data", "gone.jsonl", parts=["gone.jsonl"])
     refused("--overwrite", "--init", "out", parts=["an input of this run"])
+    refused("--overwrite", "--tokenizer", "out", parts=["an input of this run"])
     # a run that fails in its first step: what it was to replace stands beside
     done = run_train(base, "out", "--overwrite", "--lr", "1e30", "--clip", 0, "--warmup", 0, cwd=tmp_path)
     assert_one_line_error(done, "step ")
@@ -366,6 +367,19 @@ def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(base, tmp
     assert run_train(base, "out", *argv, "--resume", cwd=tmp_path).returncode == 0
     one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("whole", "out"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_signal_while_the_model_is_saved_waits_for_it(base, tmp_path, monkeypatch):
+    save = training.save_model
+
+    def saved_under_fire(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*arguments)
+
+    monkeypatch.setattr(training, "save_model", saved_under_fire)
+    done = run_train(base, "out", cwd=tmp_path)
+    assert done.returncode == 143 and "the model is saved in out" in done.stdout, done.stderr
+    assert load_file(tmp_path / "out" / "model.safetensors")
 
 
 def test_a_signal_before_the_loop_ends_in_one_line(tmp_path):
