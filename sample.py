@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiti
 import dataclasses
 import itertools
 import json
+import shlex
 import shutil
 import sys
 import textwrap
@@ -47,6 +48,21 @@ def find_model(folder):
     """--model, or what the step before left under runs/; without one, train.py is run first."""
     aligned = Path("runs/aft/model.safetensors").is_file()
     return resolve(folder or ("runs/aft" if aligned else train_first()))
+
+
+def load(folder, config, device):
+    """(model, tokenizer, reader of pictures or None) of a folder."""
+    tokenizer = Tokenizer(folder, config.chat_template)
+    model = load_model(folder, dtype=getattr(torch, config.dtype), device=device).eval()
+    allowed = f"one whose tokenizer has at most {model.config.vocab_size} ids"
+    check(tokenizer.vocab_size <= model.config.vocab_size, "the model", str(folder), allowed)
+    return model, tokenizer, image_reader(model, tokenizer, folder)
+
+
+def about(config, folder):
+    """What a results file says of its making."""
+    command = shlex.join(["python", "sample.py", *sys.argv[1:]])
+    return {"command": command, "model": str(folder), "settings": dataclasses.asdict(config)}
 
 
 def grade_steps(sampled, *, mode, style):
@@ -110,7 +126,7 @@ def report_unread(sampled, then=""):
         )
 
 
-# ---- samples.jsonl -----------------------------------------------------------------------------------------
+# ---- samples.jsonl -------------------------------------------------------------------------------
 
 
 def write_samples(path, draw, problems, settings, overwrite):
@@ -150,7 +166,7 @@ def drop_unfinished_line(path):
             file.truncate(data.rfind(b"\n") + 1)
 
 
-# ---- evaluation --------------------------------------------------------------------------------------------
+# ---- evaluation ----------------------------------------------------------------------------------
 
 
 def summarise(greedy, sampled, k):
@@ -191,19 +207,15 @@ def evaluate(config, draw, problems, folder):
         raise InputError(f"--out {out} holds no results of sample.py; allowed: another file, --overwrite")
     watch = lambda stream: list(tqdm(stream, total=len(problems), unit="problem", disable=None))
     greedy = watch(draw(problems, n=1, temperature=0.0))
-    metrics = summarise(greedy, watch(draw(problems)) if config.n > 1 else [], config.n)
+    sampled = watch(draw(problems)) if config.n > 1 else []
+    metrics = summarise(greedy, sampled, config.n)
+    lists = {
+        "problem_ids": [problem.id for problem in problems],
+        "correct": [int(samples.first.correct) for samples in greedy],
+        "right": [[sum(r.correct for r in samples.responses), config.n] for samples in sampled],
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(
-        out,
-        {
-            "command": " ".join(["python", "sample.py", *sys.argv[1:]]),
-            "model": str(folder),
-            "settings": dataclasses.asdict(config),
-            "metrics": metrics,
-            "problem_ids": [problem.id for problem in problems],
-            "correct": [int(samples.first.correct) for samples in greedy],
-        },
-    )
+    write_json(out, {**about(config, folder), "metrics": metrics, **lists})
     interval = f"[{metrics['low']:.1%}, {metrics['high']:.1%}]"
     print(
         f"{folder}: greedy accuracy {metrics['accuracy']:.1%} {interval} on {len(problems)} problems; "
@@ -217,75 +229,53 @@ def evaluate(config, draw, problems, folder):
     print(f"{time.perf_counter() - start:.0f} s -> {out}")
 
 
-# ---- DPO as verifier ---------------------------------------------------------------------------------------
+# ---- scores of samples: DPO as verifier, a model's own -------------------------------------------
+
+
+def files_of(config, flag, names):
+    """--out, which must be new, and the --samples that `flag` scores."""
+    for name in names:
+        check(getattr(config, name), f"--{name}", getattr(config, name), f"a path, with {flag}")
+    out = Path(config.out)
+    check(config.overwrite or not out.exists(), "--out", config.out, "a new file, or --overwrite")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out, read_samples(config.samples)[: config.limit or None]
 
 
 def verify(config, device):
     """Score --samples by log pi - log pi_ref -> --out, and show how well choosing by it does."""
-    for name in ("samples", "ref", "out"):
-        check(getattr(config, name), f"--{name}", getattr(config, name), "a path, with --verifier")
-    whole = read_samples(config.samples)
+    out, whole = files_of(config, "--verifier", ("samples", "ref", "out"))
     sampled = [samples for samples in whole if samples.responses]
     check(sampled, "--samples", config.samples, "samples with responses")
-    check(
-        config.overwrite or not Path(config.out).exists(), "--out", config.out, "a new file, or --overwrite"
-    )
-    folder = resolve(config.verifier)
-    tokenizer, dtype = Tokenizer(folder), getattr(torch, config.dtype)
-    model, ref = (load_model(path, dtype=dtype, device=device) for path in (folder, resolve(config.ref)))
-    check(
-        Tokenizer(resolve(config.ref)).fingerprint == tokenizer.fingerprint,
-        "--ref",
-        config.ref,
-        "a model with the verifier's tokenizer",
-    )
+    model, tokenizer, reader = load(resolve(config.verifier), config, device)
+    ref, its_tokenizer, _ = load(resolve(config.ref), config, device)
+    same = its_tokenizer.fingerprint == tokenizer.fingerprint
+    check(same, "--ref", config.ref, "a model with the verifier's tokenizer")
     name = "dpo-cut" if config.truncate_words else "dpo"
-    scored = log_ratio_scores(
-        model,
-        ref,
-        tokenizer,
-        sampled,
-        name=name,
-        mode=config.mode,
-        words=config.truncate_words,
-        reader=image_reader(model, tokenizer, folder),
-        batch_size=config.batch_size,
-    )
+    options = dict(name=name, mode=config.mode, words=config.truncate_words, tokens=config.token_scores)
+    options |= dict(reader=reader, batch_size=config.batch_size)
+    scored = log_ratio_scores(model, ref, tokenizer, sampled, **options)
     scored = list(tqdm(scored, total=len(sampled), unit="problem", disable=None))
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     of_id = {samples.problem.id: samples for samples in [*whole, *scored]}
-    write_jsonl(config.out, map(samples_to_row, of_id.values()))
+    write_jsonl(out, map(samples_to_row, of_id.values()))
     most = min(len(samples.responses) for samples in scored)
     if all(samples.problem.answer is not None for samples in scored):
         for n, ways in curves(scored, name, sizes=[2**i for i in range(14) if 2**i <= most]).items():
             print(f"n = {n}: " + ", ".join(f"{way} {sum(v) / len(v):.1%}" for way, v in ways.items()))
-    print(f"{len(scored)} problems scored -> {config.out}")
+    print(f"{len(scored)} problems scored -> {out}")
 
 
 def assess_samples(config, device):
     """The model's own scores of --samples and of written solutions -> --out and a line."""
-    for name in ("samples", "out"):
-        check(getattr(config, name), f"--{name}", getattr(config, name), "a path, with --assess")
-    out, folder = Path(config.out), find_model(config.model)
-    check(config.overwrite or not out.exists(), "--out", config.out, "a new file, or --overwrite")
-    sampled = read_samples(config.samples)[: config.limit or None]
-    tokenizer = Tokenizer(folder)
-    model = load_model(folder, dtype=getattr(torch, config.dtype), device=device).eval()
-    judged = assess(
-        model,
-        tokenizer,
-        sampled,
-        mode=config.mode,
-        reader=image_reader(model, tokenizer, folder),
-        reference=config.reference,
-        batch_size=config.batch_size,
-        watch=lambda groups: tqdm(groups, unit="problem", disable=None),
-    )
+    out, sampled = files_of(config, "--assess", ("samples", "out"))
+    folder = find_model(config.model)
+    model, tokenizer, reader = load(folder, config, device)
+    options = dict(mode=config.mode, reference=config.reference, reader=reader, batch_size=config.batch_size)
+    watch = lambda groups: tqdm(groups, unit="problem", disable=None)
+    judged = assess(model, tokenizer, sampled, watch=watch, **options)
     metrics = assessment(judged)
     lists = judged | {"ordered_pairs": metrics.pop("ordered_pairs")}
-    about = {"command": " ".join(["python", "sample.py", *sys.argv[1:]]), "model": str(folder)}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {**about, "settings": dataclasses.asdict(config), "metrics": metrics, **lists})
+    write_json(out, {**about(config, folder), "metrics": metrics, **lists})
     of_pairs = "no pair of a better and a worse response"
     if metrics["pairs"]:
         interval = f"[{metrics['low']:.1%}, {metrics['high']:.1%}]"
@@ -294,7 +284,7 @@ def assess_samples(config, device):
     print(f"{folder}: {of_pairs} on {metrics['problems']} problems; reference NLL {nll} -> {out}")
 
 
-# ---- the script --------------------------------------------------------------------------------------------
+# ---- the script ----------------------------------------------------------------------------------
 
 
 def main(config):
@@ -309,6 +299,7 @@ def main(config):
         config.truncate_words,
         "0, without --verifier",
     )
+    check(config.verifier or not config.token_scores, "--token-scores", "given", "only with --verifier")
     check(config.assess or not config.reference, "--reference", "given", "only with --assess")
     check(not (config.assess and config.verifier), "--assess", "given", "no --verifier beside it")
     device = pick_device(config.device)
@@ -326,13 +317,7 @@ def main(config):
     else:
         problems = read_problems(config.data, config.split, limit=config.limit or (5 if showing else 0))
     folder = find_model(config.model)
-    tokenizer = Tokenizer(folder)
-    model = load_model(folder, dtype=getattr(torch, config.dtype), device=device).eval()
-    vocabulary = model.config.vocab_size
-    check(
-        tokenizer.vocab_size <= vocabulary, "--model", str(folder), f"a tokenizer of at most {vocabulary} ids"
-    )
-    reader = image_reader(model, tokenizer, folder)
+    model, tokenizer, reader = load(folder, config, device)
     settings = dict(
         mode=config.mode,
         style=style,

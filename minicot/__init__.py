@@ -17,4 +17,5 @@ Read in this order:
     verifier.py    choosing among responses: best-of-n, weighted vote
     metrics.py     accuracies with intervals
     training.py    what a training loop needs besides the loop, which stands in train.py
+    evaluation.py  held-out problems, before and after
 """

@@ -1,15 +1,17 @@
 """The flags of the three scripts: one frozen dataclass each, one small `parse`.
 
-A field is a flag (`batch_size` -> `--batch-size`), its default is the default, its text is the text of
-`--help`, and a `Literal` lists what is allowed. Unknown flags are refused. Every script ends with `run(main,
-ItsConfig)`.
+A field is a flag (`batch_size` -> `--batch-size`), its default is the default, its text and its group are
+those of `--help`, and a `Literal` lists what is allowed. Unknown flags are refused. What train.py and
+align.py share stands once, in LoopConfig. Every script ends with `run(main, ItsConfig)`.
 """
 
 import argparse
 import dataclasses
 import math
 import operator
+import signal
 import sys
+import threading
 import types
 import typing
 from dataclasses import dataclass
@@ -17,21 +19,22 @@ from typing import Literal
 
 from minicot.errors import InputError
 
+INSIDE = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+GROUPS = ("data", "model", "method", "loop", "output")  # the headings of --help, in this order
 
-INSIDE = {"at least": operator.ge, "above": operator.gt, "at most": operator.le}
+
+def flag(group, default, text, *, positional=False, least=None, above=None, most=None, below=None):
+    """A dataclass field that carries its help text, its group and the range of its numbers."""
+    limits = {"at least": least, "above": above, "at most": most, "below": below}
+    limits = {kind: limit for kind, limit in limits.items() if limit is not None}
+    metadata = {"group": group, "help": text, "positional": positional, "limits": limits}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def flag(default, text, *, positional=False, least=None, above=None, most=None):
-    """A dataclass field that carries its help text and the range of its numbers."""
-    limits = {"at least": least, "above": above, "at most": most}
-    return dataclasses.field(
-        default=default,
-        metadata={
-            "help": text,
-            "positional": positional,
-            "limits": {k: v for k, v in limits.items() if v is not None},
-        },
-    )
+def changed(field, default, text=None):
+    """A field of the class above with another default (and another text)."""
+    metadata = field.metadata | {"help": text or field.metadata["help"]}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Flags:
@@ -48,214 +51,229 @@ class Flags:
                 raise InputError(f"{name} is {value!r}; allowed: {allowed}")
 
 
+CHAT_TEMPLATE = flag("model", "", "chat template: the folder's own, or plain (none), or a jinja FILE")
+DEVICE = flag("model", "auto", "auto = cuda where there is one")
+LENGTH = flag("data", 0, "longest response in tokens (0 = 96 on toy, 256 elsewhere)", least=0)
+STYLE = flag("data", "", "how a final answer is marked (default: the set's own; see answers.py)")
+
+
 @dataclass(frozen=True)
-class TrainConfig(Flags):
+class LoopConfig(Flags):
+    """The flags of a training loop."""
+
+    data: str = flag("data", "toy", "toy | toy-pictures | gsm8k:PATH | aqua:PATH | ... | file.jsonl")
+    split: str = flag("data", "train", "split to learn from; a slice is written train[:7000]")
+    limit: int = flag("data", 0, "use the first N problems (0 = all)", least=0)
+    style: str = STYLE
+    max_new_tokens: int = LENGTH
+    eval_split: str = flag("data", "", "held-out split, measured before and after ('' = none)")
+    eval_limit: int = flag("data", 200, "problems of --eval-split (0 = all)", least=0)
+    eval_batch_size: int = flag("data", 128, "sequences decoded together", least=1)
+    init: str = flag("model", "toy", "model folder to start from; toy, toy-vision = the shipped bases")
+    chat_template: str = CHAT_TEMPLATE
+    train: Literal["all", "language", "projector"] = flag(
+        "model", "all", "what learns; language = the language model alone"
+    )
+    device: Literal["auto", "cpu", "cuda"] = DEVICE
+    dtype: Literal["float32", "bfloat16"] = flag(
+        "model", "float32", "bfloat16 = autocast; weights stay float32"
+    )
+    epochs: float = flag("loop", 1.0, "passes over the data (not used with --steps)", above=0, most=10**4)
+    steps: int = flag("loop", 0, "optimizer steps (0 = as --epochs says)", least=0, most=10**6)
+    batch_size: int = flag("loop", 32, "rows a step", least=1)
+    accumulate: int = flag("loop", 1, "micro-batches a step; same gradient, less memory", least=1)
+    lr: float = flag("loop", 2e-3, "peak learning rate (real models: about 2e-5)", above=0)
+    warmup: float = flag(
+        "loop", 0.03, "share of the steps with linear warm-up; a cosine to a tenth follows", least=0, most=1
+    )
+    weight_decay: float = flag("loop", 0.0, "AdamW's, never on norms and biases", least=0)
+    clip: float = flag("loop", 1.0, "largest gradient norm (0 = no clipping)", least=0)
+    seed: int = flag("loop", 0, "data order and random weights", least=0, most=2**31)
+    out: str = flag("output", "", "folder for the model, metrics.jsonl and checkpoints")
+    save_every: int = flag("output", 200, "steps between checkpoints (0 = none)", least=0)
+    stop_at: int = flag("output", 0, "stop after this step with a checkpoint (0 = run to the end)", least=0)
+    resume: bool = flag("output", False, "go on from the newest checkpoint in --out")
+    overwrite: bool = flag("output", False, "replace the run in --out (other files stay)")
+    peek: int = flag("output", 0, "print N rows, trained tokens coloured, before training", least=0)
+
+
+LOOP = {field.name: field for field in dataclasses.fields(LoopConfig)}
+
+
+@dataclass(frozen=True)
+class TrainConfig(LoopConfig):
     """Fine-tune (or pretrain) a model on written solutions and save it as a Hugging Face folder."""
 
-    task: Literal["sft"] = flag("sft", "what to learn: sft = next-token loss on the solution's tokens")
-    init: str = flag(
-        "toy",
-        "model folder to start from; a config.json means random weights; toy, toy-vision = the shipped bases",
-    )
-    tokenizer: str = flag("", "folder of the tokenizer (default: the folder of --init)")
-    vision: str = flag(
-        "",
-        "give a text model eyes: folder of a CLIP or SigLIP tower, with its "
-        "preprocessor_config.json, or of a Llava model (tower and projector); a config.json: random weights",
-    )
-    feature_layer: int = flag(-2, "--vision: which hidden state of the tower is read (-1 = the last)")
-    train: Literal["all", "language", "projector"] = flag(
-        "all", "what learns; language = the language model alone"
-    )
-    data: str = flag("toy", "toy | toy-pictures | gsm8k:PATH | aqua:PATH | ... | file.jsonl")
-    split: str = flag("train", "split to train on; a slice is written train[:7000]")
-    limit: int = flag(0, "use the first LIMIT problems (0 = all)", least=0)
+    task: Literal["sft"] = flag("method", "sft", "sft = next-token loss on the solution's tokens")
     mode: Literal["cot", "direct", "both", "plain"] = flag(
-        "cot", "taught: a worked solution, the bare answer, each once; plain = cot, but the question as it is"
+        "method", "cot", "taught: a chain, the bare answer, each once; plain = cot, question as it is"
     )
-    out: str = flag("runs/sft", "folder for the model, metrics.jsonl, loss.svg and checkpoints")
-    epochs: float = flag(1.0, "passes over the data (ignored when --steps is given)", above=0, most=10**4)
-    steps: int = flag(0, "optimizer steps (0 = as many as --epochs says)", least=0, most=10**6)
-    batch_size: int = flag(32, "rows a step", least=1)
-    accumulate: int = flag(1, "micro-batches a step; the gradient stays that of the whole batch", least=1)
+    eval_split: str = changed(
+        LOOP["eval_split"], "auto", "held-out split, measured before and after (auto = the toys' test)"
+    )
+    max_length: int = flag("data", 0, "longest row in tokens (0 = the model's context)", least=0)
+    overlong: Literal["refuse", "skip"] = flag("data", "refuse", "longer rows: stop, or leave out and count")
+    init: str = changed(
+        LOOP["init"],
+        "toy",
+        "folder to start from, or a config.json: random weights; toy, toy-vision = shipped",
+    )
+    tokenizer: str = flag("model", "", "folder of the tokenizer (default: that of --init)")
+    vision: str = flag(
+        "model",
+        "",
+        "give a text model this picture encoder: folder of a CLIP, SigLIP or Llava model, "
+        "with preprocessor_config.json; a config.json: random weights",
+    )
+    feature_layer: int = flag("model", -2, "--vision: hidden state of the encoder that is read (-1 = last)")
+    vision_lr: float | None = flag(
+        "loop", None, "learning rate of the picture encoder (default: --lr)", least=0
+    )
     group_by_length: bool = flag(
+        "loop",
         True,
-        "rows of like length share a batch: less padding; but where the "
-        "length tells the kind of row, a batch is of one kind, which can slow learning much",
+        "rows of like length share a batch: less padding; where length tells the kind of row, a batch "
+        "is of one kind, which can slow learning much",
     )
-    lr: float = flag(2e-3, "peak learning rate (real models: about 2e-5)", above=0)
-    vision_lr: float | None = flag(None, "the vision tower's own (default: --lr)", least=0)
-    warmup: float = flag(
-        0.03, "share of the steps with linear warm-up; cosine decay to a tenth follows", least=0, most=1
+    out: str = changed(LOOP["out"], "runs/sft", "folder for the model, metrics.jsonl, loss.svg, checkpoints")
+
+
+@dataclass(frozen=True)
+class AlignConfig(LoopConfig):
+    """Align a model on groups of graded responses to the same question."""
+
+    data: str = changed(
+        LOOP["data"], "", "problems to sample and to hold out (default: toy, or none with --samples)"
     )
-    weight_decay: float = flag(0.0, "AdamW weight decay (never on norms and biases)", least=0)
-    clip: float = flag(1.0, "largest gradient norm (0 = no clipping)", least=0)
-    max_length: int = flag(0, "longest row in tokens (0 = the model's max_position_embeddings)", least=0)
-    overlong: Literal["refuse", "skip"] = flag(
-        "refuse", "rows over --max-length: stop, or leave out and report"
+    split: str = changed(LOOP["split"], "train", "split to sample")
+    limit: int = changed(LOOP["limit"], 1000, "problems to sample (0 = all)")
+    samples: str = flag("data", "", "samples.jsonl, or {prompt, chosen, rejected} rows (default: sample now)")
+    k: int = flag("data", 8, "responses a problem when sampling now", least=2, most=10**4)
+    eval_split: str = changed(LOOP["eval_split"], "test")
+    eval_limit: int = changed(LOOP["eval_limit"], 500)
+    probe_every: int = flag("data", 25, "steps between looks at held-out problems (0 = never)", least=0)
+    probe_limit: int = flag("data", 32, "problems of such a look", least=1)
+    init: str = changed(LOOP["init"], "", "model to align (default: runs/sft, made by train.py if absent)")
+    train: Literal["all", "language", "projector"] = changed(LOOP["train"], "language")
+    ref: str = flag("model", "", "reference model (default: --init)")
+    ref_logps: str = flag("model", "", "file that keeps its log-probabilities (default: in --out)")
+    method: str = flag("method", "aft", "the loss; a row of METHODS in align.py")
+    constraint: Literal["default", "none", "detached", "boundary"] = flag(
+        "method", "default", "what keeps wrong responses up (default = as in the method's paper)"
     )
-    eval_split: str = flag("", "split whose mean token loss is reported before and after")
-    eval_limit: int = flag(64, "problems of --eval-split", least=0)
-    save_every: int = flag(200, "steps between checkpoints (0 = only the final model)", least=0)
-    stop_at: int = flag(
-        0, "stop after this step with a checkpoint, as if interrupted (0 = run to the end)", least=0
+    margin: float | None = flag("method", None, "boundary's, in nats a token (the AFT paper's beta)", least=0)
+    beta: float = flag("method", 0.1, "DPO's and IPO's", above=0)
+    label_smoothing: float = flag(
+        "method", 0.0, "DPO: probability that a label is wrong (cDPO)", least=0, below=1
     )
-    resume: bool = flag(False, "go on from the newest checkpoint in --out")
-    overwrite: bool = flag(False, "replace what --out holds")
-    peek: int = flag(0, "print PEEK rows, trained tokens coloured, before training", least=0)
-    seed: int = flag(0, "data order and random weights", least=0, most=2**31)
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto = cuda where there is one")
-    dtype: Literal["float32", "bfloat16"] = flag(
-        "float32", "bfloat16 = autocast on CUDA; weights stay float32"
+    sft_weight: float | None = flag("method", None, "of the SFT term (default: the method's own)", least=0)
+    mode: Literal["cot", "direct", "plain"] = flag("method", "cot", "how the responses were asked for")
+    reference: bool = flag("method", True, "put a problem's own solution into its group")
+    reference_in_positives: bool = flag(
+        "method", True, "... and rank it as a right response (else SFT's target alone)"
     )
+    max_pairs: int = flag("method", 3, "DPO, IPO: pairs a problem", least=1)
+    pair_low: float = flag(
+        "method", 0.25, "DPO, IPO: least share of right responses of a problem used", least=0, most=1
+    )
+    pair_high: float = flag("method", 0.85, "DPO, IPO: largest share", least=0, most=1)
+    truncate_words: int = flag(
+        "method", 0, "train on a response's first N words, without EOS (0 = all of it)", least=0
+    )
+    batch_size: int = changed(LOOP["batch_size"], 8, "groups a step")
+    lr: float = changed(LOOP["lr"], 3e-4, "peak learning rate")
+    seed: int = changed(LOOP["seed"], 0, "sampling, pairs and data order")
+    out: str = changed(LOOP["out"], "", "folder for all that is written (default: runs/METHOD)")
+    save_every: int = changed(LOOP["save_every"], 100)
+    peek: int = changed(LOOP["peek"], 0, "print N groups with rewards, trained tokens coloured")
 
 
 @dataclass(frozen=True)
 class SampleConfig(Flags):
     """Answer a question, write graded samples, or evaluate a model."""
 
-    question: str | None = flag(None, "a question typed by hand", positional=True)
-    model: str = flag(
-        "", "model folder (default: runs/aft where it is, else runs/sft, made by train.py if absent)"
-    )
-    image: str = flag("", "a picture that the question typed by hand is about")
-    data: str = flag("toy", "toy | toy-pictures | gsm8k:PATH | aqua:PATH | ecqa:PATH | ... | file.jsonl")
-    split: str = flag("test", "split to sample; a slice is written test[:100]")
-    limit: int = flag(0, "use the first LIMIT problems (0 = all; 5 when only showing)", least=0)
+    question: str | None = flag("data", None, "a question typed by hand", positional=True)
+    image: str = flag("data", "", "a picture that the question typed by hand is about")
+    data: str = flag("data", "toy", "toy | toy-pictures | gsm8k:PATH | aqua:PATH | ... | file.jsonl")
+    split: str = flag("data", "test", "split to sample; a slice is written test[:100]")
+    limit: int = flag("data", 0, "use the first N problems (0 = all; 5 when only showing)", least=0)
+    style: str = STYLE
+    blind: bool = flag("data", False, "control: grey pictures instead of the problems' own")
+    samples: str = flag("data", "", "samples.jsonl that --verifier or --assess scores")
+    model: str = flag("model", "", "model folder (default: runs/aft, else runs/sft, made if absent)")
+    chat_template: str = CHAT_TEMPLATE
+    verifier: str = flag("model", "", "DPO model: adds log pi - log pi_ref to --samples -> --out")
+    ref: str = flag("model", "", "--verifier: its reference, the folder that DPO started from")
+    device: Literal["auto", "cpu", "cuda"] = DEVICE
+    dtype: Literal["float32", "bfloat16", "float64"] = flag("model", "float32", "of weights and arithmetic")
+    evaluate: bool = flag("method", False, "greedy accuracy and, with --n over 1, majority@k and pass@k")
+    assess: bool = flag("method", False, "the model's own scores of --samples: A-accuracy, reference NLL")
+    reference: bool = flag("method", False, "--assess: the written solution is one of the right responses")
     mode: Literal["cot", "direct", "plain"] = flag(
-        "cot", "ask for a worked solution, for the bare answer, or the question as it is"
+        "method", "cot", "ask for a chain, for the bare answer, or the question as it is"
     )
-    style: str = flag(
-        "", "how the final answer is marked (default: the data set's own; see minicot/answers.py)"
-    )
-    evaluate: bool = flag(
-        False, "greedy accuracy and, with --n over 1, majority@k and pass@k -> results.json"
-    )
-    n: int = flag(1, "responses a problem", least=1, most=10**4)
-    temperature: float = flag(1.0, "sampling temperature; 0 is greedy", least=0)
-    top_k: int = flag(0, "keep the k likeliest tokens (0 = all)", least=0)
+    n: int = flag("method", 1, "responses a problem", least=1, most=10**4)
+    temperature: float = flag("method", 1.0, "sampling temperature; 0 is greedy", least=0)
+    top_k: int = flag("method", 0, "keep the k likeliest tokens (0 = all)", least=0)
     top_p: float = flag(
-        1.0, "keep the likeliest tokens that hold this share of the probability", above=0, most=1
+        "method", 1.0, "keep the likeliest tokens that hold this share of the probability", above=0, most=1
     )
-    max_new_tokens: int = flag(0, "longest response in tokens (0 = 96 on toy, 256 elsewhere)", least=0)
-    blind: bool = flag(False, "control: show grey pictures instead of the problems' own")
-    samples: str = flag("", "samples.jsonl that --verifier or --assess scores")
-    assess: bool = flag(False, "the model's own scores of --samples: A-accuracy, reference NLL -> --out")
-    reference: bool = flag(False, "--assess: the written solution is one of a problem's right responses")
-    verifier: str = flag("", "DPO model folder: add the scores log pi - log pi_ref to --samples -> --out")
-    ref: str = flag("", "--verifier: its reference model, the folder that DPO started from")
+    max_new_tokens: int = LENGTH
     truncate_words: int = flag(
-        0,
-        "--verifier: score the first words alone, on which align.py --truncate-words trains (0 = all)",
-        least=0,
+        "method", 0, "--verifier: score the first N words alone, as align.py trains (0 = all)", least=0
     )
+    token_scores: bool = flag("method", False, "--verifier: also the log-ratio of each token")
     reward: Literal["correct", "steps"] = flag(
-        "correct", "reward of a response; steps = the toy step oracle's grade"
+        "method", "correct", "of a response; steps = the toy step oracle's grade"
     )
-    out: str = flag("", "file for the samples (jsonl), or for the results with --evaluate")
-    overwrite: bool = flag(False, "start --out again instead of going on with it")
-    batch_size: int = flag(
-        64, "sequences scored or decoded together (a problem's n samples always are decoded so)", least=1
-    )
-    seed: int = flag(0, "sampling seed; each problem derives its own from it and its id", least=0, most=2**31)
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto = cuda where there is one")
-    dtype: Literal["float32", "bfloat16", "float64"] = flag("float32", "dtype of weights and arithmetic")
+    batch_size: int = flag("loop", 64, "sequences decoded together (a problem's n always are)", least=1)
+    seed: int = flag("loop", 0, "each problem derives its own from it and its id", least=0, most=2**31)
+    out: str = flag("output", "", "samples (jsonl), or results with --evaluate (MODEL/results.json)")
+    overwrite: bool = flag("output", False, "start --out again instead of going on with it")
 
 
-@dataclass(frozen=True)
-class AlignConfig(Flags):
-    """Align a model on groups of graded responses to the same question."""
+class Help(argparse.HelpFormatter):
+    """One line a flag where it fits."""
 
-    method: Literal["rft", "dpo", "ipo", "rrhf", "pro", "aft"] = flag(
-        "aft", "the loss; see METHODS in align.py"
-    )
-    constraint: Literal["default", "none", "detached", "boundary"] = flag(
-        "default", "what holds wrong responses up (default: detached for aft, none for the others)"
-    )
-    margin: float | None = flag(None, "boundary's margin in nats a token (the AFT paper's beta)", least=0)
-    beta: float = flag(0.1, "DPO's and IPO's beta", above=0)
-    train: Literal["language", "projector", "all"] = flag(
-        "language", "what learns; language = the language model alone, as LLaVA-Reasoner's DPO"
-    )
-    label_smoothing: float = flag(0.0, "DPO: probability that a label is wrong (cDPO)", least=0, most=1)
-    sft_weight: float | None = flag(None, "weight of the SFT term (default: the method's own)", least=0)
-    init: str = flag("", "model to align (default: runs/sft, made by train.py if absent)")
-    ref: str = flag("", "reference model of DPO and IPO (default: --init)")
-    ref_logps: str = flag("", "file that keeps the reference log-probabilities (default: in --out)")
-    samples: str = flag(
-        "", "samples.jsonl of sample.py, or {prompt, chosen, rejected} rows (default: sample now)"
-    )
-    k: int = flag(8, "responses a problem when sampling now", least=2, most=10**4)
-    data: str = flag("", "problems to sample and to hold out (default: toy, or none with --samples)")
-    split: str = flag("train", "split to sample")
-    limit: int = flag(1000, "problems to sample (0 = all)", least=0)
-    eval_split: str = flag("test", "held-out split, greedy accuracy before and after")
-    eval_limit: int = flag(500, "problems of --eval-split", least=0)
-    mode: Literal["cot", "direct", "plain"] = flag("cot", "how the responses were asked for")
-    style: str = flag("", "how the final answer is marked (default: the data set's own)")
-    reference: bool = flag(True, "put the problem's own solution into its group")
-    reference_in_positives: bool = flag(
-        True, "... and rank it as a right response (else it is only the SFT target)"
-    )
-    max_pairs: int = flag(3, "DPO, IPO: pairs a problem", least=1)
-    pair_low: float = flag(
-        0.25, "DPO, IPO: least share of right responses of a problem used", least=0, most=1
-    )
-    pair_high: float = flag(0.85, "DPO, IPO: largest share", least=0, most=1)
-    truncate_words: int = flag(
-        0, "train on the first WORDS words of a response, without EOS (0 = all of it, with EOS)", least=0
-    )
-    out: str = flag("runs/aft", "folder for the model, metrics.jsonl and checkpoints")
-    epochs: float = flag(1.0, "passes over the groups (ignored when --steps is given)", above=0, most=10**4)
-    steps: int = flag(0, "optimizer steps (0 = as many as --epochs says)", least=0, most=10**6)
-    batch_size: int = flag(8, "groups a step", least=1)
-    accumulate: int = flag(1, "micro-batches a step; the gradient stays that of the whole batch", least=1)
-    lr: float = flag(3e-4, "peak learning rate", above=0)
-    warmup: float = flag(
-        0.03, "share of the steps with linear warm-up; cosine decay to a tenth follows", least=0, most=1
-    )
-    weight_decay: float = flag(0.0, "AdamW weight decay (never on norms and biases)", least=0)
-    clip: float = flag(1.0, "largest gradient norm (0 = no clipping)", least=0)
-    max_new_tokens: int = flag(0, "longest response in tokens (0 = 96 on toy, 256 elsewhere)", least=0)
-    eval_batch_size: int = flag(128, "sequences decoded together (a problem's n samples always are)", least=1)
-    probe_every: int = flag(25, "steps between looks at held-out problems (0 = never)", least=0)
-    probe_limit: int = flag(32, "problems of such a look", least=1)
-    save_every: int = flag(100, "steps between checkpoints (0 = only the final model)", least=0)
-    stop_at: int = flag(
-        0, "stop after this step with a checkpoint, as if interrupted (0 = run to the end)", least=0
-    )
-    resume: bool = flag(False, "go on from the newest checkpoint in --out")
-    overwrite: bool = flag(False, "replace what --out holds")
-    peek: int = flag(0, "print PEEK groups with rewards, trained tokens coloured, before training", least=0)
-    seed: int = flag(0, "sampling, pairs and data order", least=0, most=2**31)
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto = cuda where there is one")
-    dtype: Literal["float32", "bfloat16"] = flag(
-        "float32", "bfloat16 = autocast on CUDA; weights stay float32"
-    )
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30)
+
+    def _format_action_invocation(self, action):
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return f"--[no-]{action.dest.replace('_', '-')}" if action.default else action.option_strings[0]
+        return super()._format_action_invocation(action)
 
 
-def parse(config_class, argv=None):
-    """argv (default sys.argv) -> a `config_class`; an error is one line on stderr and exit code 2."""
+def parse(config_class, argv=None, **choices):
+    """argv (default sys.argv) -> a `config_class`; an error is one line on stderr and exit code 2. `choices`
+    names what a flag allows where only the script knows it: method=METHODS."""
     parser = argparse.ArgumentParser(
-        description=config_class.__doc__,
+        usage="python %(prog)s [--flag value ...]",
+        description=f"{config_class.__doc__} Defaults stand in [].",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
+    sections = {name: parser.add_argument_group(name) for name in GROUPS}
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        kind, text = hints[field.name], field.metadata["help"]
-        name = "--" + field.name.replace("_", "-")
+        kind, default, section = hints[field.name], field.default, sections[field.metadata["group"]]
+        text, name = field.metadata["help"], "--" + field.name.replace("_", "-")
+        text += f" [{default:g}]" if isinstance(default, float) else f" [{default}]" if default else ""
+        allowed = choices.get(field.name) or (
+            typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+        )
         if field.metadata["positional"]:
-            parser.add_argument(field.name, nargs="?", default=field.default, help=text)
+            section.add_argument(field.name, nargs="?", default=default, help=text)
         elif kind is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default, help=text)
-        elif typing.get_origin(kind) is Literal:
-            parser.add_argument(name, choices=typing.get_args(kind), default=field.default, help=text)
-        elif isinstance(kind, types.UnionType):  # X | None
-            parser.add_argument(name, type=typing.get_args(kind)[0], default=field.default, help=text)
+            text = field.metadata["help"]
+            section.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=text)
+        elif allowed:
+            section.add_argument(name, choices=tuple(allowed), default=default, help=text)
         else:
-            parser.add_argument(name, type=kind, default=field.default, help=text)
+            kind = typing.get_args(kind)[0] if isinstance(kind, types.UnionType) else kind  # X | None
+            metavar = {int: "N", float: "X", str: "TEXT"}[kind]
+            section.add_argument(name, type=kind, default=default, metavar=metavar, help=text)
     return config_class(**vars(parser.parse_args(argv)))
 
 
@@ -265,14 +283,32 @@ def check(condition, name, value, allowed):
         raise InputError(f"{name} is {value!r}; allowed: {allowed}")
 
 
-def run(main, config_class, argv=None):
-    """Run a script: bad input (InputError, OSError) ends in one line and exit code 2, without a traceback."""
+def run(main, config_class, argv=None, **choices):
+    """Run a script. Bad input (InputError, OSError) ends in one line and exit code 2; SIGTERM and SIGINT end
+    in one line and exit code 128 + signal (in a training loop: see training.Run). Any other exception is a
+    bug of ours and keeps its traceback."""
+
+    handlers = {}
+
+    def interrupt(number, _frame):
+        for other in handlers:
+            signal.signal(other, signal.SIG_IGN)  # what has begun to end is not interrupted again
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                handlers[number] = signal.signal(number, interrupt)
     try:
-        main(parse(config_class, argv))
+        main(parse(config_class, argv, **choices))
     except (InputError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted; a checkpoint, where one was written, is kept (--resume)", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        number = signal.Signals(stop.args[0] if stop.args else signal.SIGINT)
+        print(f"ended by {number.name}", file=sys.stderr)
+        raise SystemExit(128 + number) from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -1,7 +1,8 @@
 """What the training loops share: learning rate, optimizer, checkpoints, the run folder. No loop lives here.
 
 A run folder holds settings.json (the flags), metrics.jsonl (one line a step), checkpoint-<step>/ (weights,
-optimizer state, both safetensors, and state.json) and, at the end, a Hugging Face model folder's files.
+optimizer state, both safetensors, and state.json), lock.json while a process writes into it and, at the end,
+a Hugging Face model folder's files.
 """
 
 import dataclasses
@@ -11,9 +12,13 @@ import math
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -21,7 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minicot.errors import InputError
-from minicot.weights import read_json
+from minicot.tokenizer import FILES
+from minicot.weights import read_json, save_model
 
 ROOT = Path(__file__).parent.parent
 PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense, from the vendor's data sheets
@@ -34,13 +40,24 @@ def pick_device(name):
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def autocast(config, device):
+    """--dtype bfloat16: matrix products in bfloat16, whatever the weights are stored in."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+
 def train_first(out="runs/sft"):
     """The folder that train.py leaves; where there is none, run train.py first and say so."""
     if Path(out).exists() and not (Path(out) / "model.safetensors").is_file():
         raise InputError(f"{out} holds an unfinished run; allowed: python train.py --resume (or --overwrite)")
     if not Path(out).exists():
         print(f"{out} is not there yet: running `python train.py` first", flush=True)
-        code = subprocess.run([sys.executable, str(ROOT / "train.py"), "--out", out], check=False).returncode
+        with subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--out", out]) as child:
+            try:
+                code = child.wait()
+            except KeyboardInterrupt:  # it saves a checkpoint and ends, see Run.end_step
+                child.terminate()
+                child.wait()
+                raise
         if code:
             raise InputError(f"python train.py ended with exit code {code}")
     return out
@@ -50,6 +67,14 @@ def resolve(init):
     """--init: "toy" and "toy-vision" are the shipped base models; anything else is a path."""
     shipped = {"toy": "base", "toy-vision": "vision_base"}
     return ROOT / "minicot" / "toy" / shipped[init] if init in shipped else Path(init)
+
+
+def report_unreadable(reasons, problems):
+    """Say how many problems are left out, as their picture can't be read; refuse to go on with none."""
+    if reasons:
+        print(f"{len(reasons)} problems left out, as their picture can't be read; the first is {reasons[0]}")
+    if not problems:
+        raise InputError(f"no problem has a picture that can be read; the first is {reasons[0]}")
 
 
 def lr_at(step, total, peak, warmup):
@@ -109,11 +134,6 @@ def refuse_non_finite(value, what, step, problem_ids):
         )
 
 
-# ---- run folder and checkpoints --------------------------------------------------------------------
-
-PER_CALL = ("resume", "overwrite", "stop_at", "save_every", "peek")  # may differ when a run is resumed
-
-
 def digest_of(tokenizer, groups):
     """Hex hash of what a run trains on: the tokenizer, every row's ids, its pictures' names."""
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
@@ -132,116 +152,296 @@ def weights_digest(folder):
     return digest.hexdigest()
 
 
+# ---- what is written is whole ------------------------------------------------------------------------
+
+
+@contextmanager
+def written_beside(path, folder=False):
+    """Yields the place beside `path` where its new content is written; the block then moves it. Where that
+    fails (a full disk) `path` is as it was, what was written goes, and the error says so in one line."""
+    part = Path(f"{path}.part")
+    try:
+        remove(part)
+        if folder:
+            part.mkdir(parents=True)
+        yield part
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: cannot be written ({error}); what was there before is kept") from None
+    finally:
+        with suppress(OSError):
+            remove(part)
+
+
+def remove(path):
+    """Delete a file or a folder, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path, value, indent=1):
+    """indent None: no blanks either."""
+    separators = (",", ":") if indent is None else None
+    with written_beside(path) as part:
+        part.write_text(json.dumps(value, indent=indent, separators=separators) + "\n", encoding="utf-8")
+        os.replace(part, path)
+
+
+def write_jsonl(path, rows):
+    with written_beside(path) as part:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+
+
+# ---- the run folder ----------------------------------------------------------------------------------
+
+PER_CALL = ("resume", "overwrite", "stop_at", "save_every", "peek")  # may differ when a run is resumed
+OURS = {
+    *("settings.json", "metrics.jsonl", "eval.json", "comparison.json", "samples.jsonl", "loss.svg"),
+    *("ref_logps.safetensors", "config.json", "model.safetensors", "preprocessor_config.json", *FILES),
+}
+REPLACED = "replaced-by-overwrite"  # marks <out>.old as made here
+
+
+def ours(name):
+    """Is it the name of a file or folder that a run writes? Whatever else lies in a run folder is left."""
+    name = re.sub(r"\.part(ial)?$", "", name)
+    return name in OURS or bool(re.fullmatch(r"checkpoint-\d+|model-folder", name))
+
+
 def check_out(config, inputs=()):
     """Refuse an --out that may not be written, before any work: an existing run needs --resume or
-    --overwrite, and what --overwrite replaces must not hold one of `inputs`."""
-    out = Path(config.out)
+    --overwrite, what --overwrite replaces must not hold one of `inputs`, and no other process may be
+    writing there."""
+    out, old = Path(config.out), Path(f"{config.out}.old")
     if config.resume and config.overwrite:
         raise InputError("--resume and --overwrite are both given; allowed: one of them")
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file, expected a folder")
+    refuse_locked(out / "lock.json")
     if config.resume:
         read_json(out / "settings.json")
         if not checkpoints(out):
             raise InputError(f"--resume: {out} holds no checkpoint")
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(path.name != "lock.json" for path in out.iterdir()):
         if not (out / "settings.json").is_file():
             raise InputError(f"--out {out} holds files that are no run of ours")
         if not config.overwrite:
             raise InputError(f"--out {out} already holds a run; allowed: --overwrite, --resume")
-        for path in inputs:
-            if out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
-                raise InputError(f"--overwrite would replace {out}, which holds {path}, an input of this run")
+        if old.exists() and not (old / REPLACED).is_file():
+            raise InputError(f"--overwrite keeps the old run in {old}, which is there; allowed: move it away")
+        for path in map(Path, inputs):
+            for folder in (out.resolve(), old.resolve()):
+                inside = path.resolve().is_relative_to(folder)
+                parts = path.resolve().relative_to(folder).parts if inside else ("another",)
+                if not parts or ours(parts[0]):
+                    raise InputError(
+                        f"--overwrite would replace {out}, which holds {path}, an input of this run"
+                    )
 
 
-def open_run(config, data_digest, inputs=()):
-    """Make --out ready (see check_out) and write settings.json; --resume needs the same settings and data.
-    What --overwrite replaces stands in <out>.old until close_run."""
-    check_out(config, inputs)
-    out, settings = Path(config.out), {"data_digest": data_digest}
-    settings |= {name: value for name, value in dataclasses.asdict(config).items() if name not in PER_CALL}
-    if config.resume:
-        before = read_json(out / "settings.json")
-        changed = sorted(name for name in settings if settings[name] != before.get(name))
-        if changed:
-            raise InputError(
-                f"--resume: {changed[0]} is {settings[changed[0]]!r}, the run in {out} has "
-                f"{before.get(changed[0])!r}; allowed: the same settings and data"
-            )
-        return out
-    if out.is_dir() and any(out.iterdir()):
-        old = Path(f"{out}.old")  # of a run that failed, keep what stood there before it
-        shutil.rmtree(out) if old.exists() else os.replace(out, old)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "settings.json", settings)
-    return out
+def refuse_locked(lock):
+    """Refuse a run folder whose lock file's owner lives: a process of this machine that is at work, or any
+    of another machine. A process that has our own number is dead: we are it."""
+    try:
+        owner = json.loads(lock.read_text())
+        pid, host = int(owner["pid"]), str(owner["host"])
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError):
+        pid, host = "unknown", "an unknown machine"
+    if host == socket.gethostname():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        except PermissionError:
+            pass  # somebody else's: it lives
+        if pid == os.getpid():
+            return
+    raise InputError(
+        f"--out {lock.parent}: process {pid} on {host} is writing there; allowed: another --out; "
+        f"where that process is no run any more, delete {lock}"
+    )
 
 
-def close_run(out):
-    """The run is whole: what it replaced goes."""
-    shutil.rmtree(f"{out}.old", ignore_errors=True)
+class Run:
+    """A run folder while this process writes into it: `with Run(config, inputs) as run:`.
 
+    It is locked (lock.json: process id and host) from the first to the last line of the block, whatever ends
+    it. begin() moves what --overwrite replaces to <out>.old, where it stands until finish()."""
 
-def write_json(path, value, indent=1):
-    """Atomic: the file is whole or as it was before. indent None: no blanks either."""
-    part = Path(f"{path}.part")
-    separators = (",", ":") if indent is None else None
-    part.write_text(json.dumps(value, indent=indent, separators=separators) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    def __init__(self, config, inputs=()):
+        self.config, self.inputs, self.out = config, inputs, Path(config.out)
+        self.old, self.lock = Path(f"{config.out}.old"), self.out / "lock.json"
+        self.signal, self.handlers, self.begun, self.started = 0, {}, False, time.perf_counter()
 
+    def __enter__(self):
+        self.out.mkdir(parents=True, exist_ok=True)
+        refuse_locked(self.lock)
+        self.lock.unlink(missing_ok=True)  # a dead process's
+        try:
+            with open(self.lock, "x", encoding="utf-8") as file:
+                json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+        except FileExistsError:  # another process was a moment faster
+            raise InputError(f"--out {self.out}: another process has just begun to write there") from None
+        try:
+            check_out(self.config, self.inputs)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
 
-def write_jsonl(path, rows):
-    """Atomic, as write_json."""
-    part = Path(f"{path}.part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(part, path)
+    def __exit__(self, *_):
+        self.stop_listening()
+        self.lock.unlink(missing_ok=True)
+        if self.out.is_dir() and not any(self.out.iterdir()):
+            self.out.rmdir()
+
+    def begin(self, data_digest=None):
+        """Before anything is written: settings.json. --resume needs the same settings and data. (The digest
+        of the data is None as long as samples are being drawn.)"""
+        settings = dataclasses.asdict(self.config) | {"data_digest": data_digest}
+        settings = {name: value for name, value in settings.items() if name not in PER_CALL}
+        if self.config.resume:
+            before = read_json(self.out / "settings.json")
+            for name in sorted(settings):
+                if settings[name] != before.get(name):
+                    raise InputError(
+                        f"--resume: {name} is {settings[name]!r}, the run in {self.out} has "
+                        f"{before.get(name)!r}; allowed: the same settings and data"
+                    )
+            return
+        if not self.begun:
+            self.make_room()
+        self.begun = True
+        write_json(self.out / "settings.json", settings)
+
+    def make_room(self):
+        """Move the files of the run that was here to <out>.old; those of a run that failed after another
+        one's were moved there are deleted."""
+        files = [path for path in self.out.iterdir() if ours(path.name)]
+        first = bool(files) and not self.old.exists()
+        if first:
+            self.old.mkdir()
+            (self.old / REPLACED).touch()
+        for path in files:
+            os.replace(path, self.old / path.name) if first else remove(path)
+
+    def listen(self):
+        """From here on SIGTERM and SIGINT wait for the end of the step, see end_step."""
+
+        def note(number, _frame):
+            self.signal = number
+
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.handlers[number] = signal.signal(number, note)
+
+    def stop_listening(self):
+        """From here on they end the process at once, as before."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+
+    def end_step(self, step, last, model, optimizer):
+        """Save a checkpoint where one is due. Where the run ends here (--stop-at, SIGTERM, SIGINT), save one,
+        say how to go on and exit: with code 0, or 128 + signal."""
+        config, ends = self.config, self.signal or step == self.config.stop_at
+        if ends or (config.save_every and step % config.save_every == 0 and step < last):
+            save_checkpoint(self.out, step, model, optimizer)
+        if ends:
+            name = f" by {signal.Signals(self.signal).name}" if self.signal else ""
+            print(f"stopped{name} after step {step}; go on with --resume", flush=True)
+            raise SystemExit(128 + self.signal if self.signal else 0)
+
+    def finish(self, model, tokenizer, reader, log, device):
+        """The end of a run: save the model folder, drop what the run has replaced, report. A signal that
+        comes meanwhile waits until the model is saved."""
+        with written_beside(self.out / "model-folder", folder=True) as part:
+            save_model(model, part)
+            tokenizer.save(part)
+            if reader:
+                reader.processor.save(part)
+            for file in sorted(part.iterdir(), key=lambda file: file.name == "model.safetensors"):
+                os.replace(file, self.out / file.name)  # the weights last: with them the folder is whole
+        if (self.old / REPLACED).is_file():
+            for path in self.old.iterdir():
+                if ours(path.name) or path.name == REPLACED:
+                    remove(path)
+            if not any(self.old.iterdir()):
+                self.old.rmdir()
+        self.stop_listening()
+        if self.signal:
+            print(f"stopped by {signal.Signals(self.signal).name}; the model is saved in {self.out}")
+            raise SystemExit(128 + self.signal)
+        lines = log.read()
+        last, speed = [line["loss"] for line in lines[-20:]], lines[-1]["tokens_per_s"]
+        share = mfu(model, speed, device)
+        print(
+            f"loss {lines[0]['loss']:.3f} -> {sum(last) / len(last):.3f} (mean of the last {len(last)} "
+            f"steps), {speed:,.0f} tokens/s{f', MFU {share:.1%}' if share else ''}, "
+            f"{(time.perf_counter() - self.started) / 60:.1f} minutes -> {self.out}"
+        )
 
 
 def checkpoints(out):
     """{step: folder} of a run's whole checkpoints."""
-    found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(out).glob("checkpoint-*")}
-    return {int(match[1]): path for path, match in found.items() if match}
+    matches = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(out).glob("checkpoint-*")}
+    return {int(match[1]): path for path, match in matches.items() if match}
 
 
 def save_checkpoint(out, step, model, optimizer):
-    """out/checkpoint-<step>/, written beside and renamed when whole; then older checkpoints go."""
+    """out/checkpoint-<step>/, written beside and renamed when whole; then older checkpoints go. state.json
+    names what has no optimizer state, as no gradient has reached it yet (a projector before the first
+    picture)."""
     names = {parameter: name for name, parameter in model.named_parameters()}
+    trained = [parameter for parameter in names if parameter.requires_grad]
     state = {
-        f"{names[parameter]}.{key}": value if value.ndim else value.reshape(1)
+        f"{names[parameter]}.{key}": value.contiguous() if value.ndim else value.reshape(1)
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
-    part, final = out / f"checkpoint-{step}.part", out / f"checkpoint-{step}"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file({name: p.detach().contiguous() for p, name in names.items()}, part / "weights.safetensors")
-    save_file({name: value.contiguous() for name, value in state.items()}, part / "optimizer.safetensors")
-    write_json(part / "state.json", {"step": step})
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(part, final)
+    final = out / f"checkpoint-{step}"
+    with written_beside(final, folder=True) as part:
+        save_file({name: p.detach().contiguous() for p, name in names.items()}, part / "weights.safetensors")
+        save_file(state, part / "optimizer.safetensors")
+        untouched = [names[parameter] for parameter in trained if parameter not in optimizer.state]
+        write_json(part / "state.json", {"step": step, "untouched": untouched})
+        remove(final)
+        os.replace(part, final)
     for other in out.glob("checkpoint-*"):
-        if other != final:
-            shutil.rmtree(other, ignore_errors=True)
+        if other != final and ours(other.name):
+            remove(other)
 
 
 def load_checkpoint(out, model, optimizer):
     """Put the newest checkpoint of a run folder into model and optimizer, strictly; returns its step."""
     folder = checkpoints(out)[max(checkpoints(out))]
-    step, shapes = read_json(folder / "state.json").get("step"), {"weights": {}, "optimizer": {}}
+    about, shapes = read_json(folder / "state.json"), {"weights": {}, "optimizer": {}}
+    step, untouched = about.get("step"), about.get("untouched", [])
     if folder.name != f"checkpoint-{step}":
         raise InputError(f"{folder / 'state.json'}: step is {step!r}, the folder is {folder.name}")
+    touched = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and name not in untouched
+    }
     for name, parameter in model.named_parameters():
         shapes["weights"][name] = parameter.shape
-        if parameter.requires_grad:
-            keys = {"step": (1,), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
-            shapes["optimizer"] |= {f"{name}.{key}": shape for key, shape in keys.items()}
+    for name, parameter in touched.items():
+        keys = {"step": (1,), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        shapes["optimizer"] |= {f"{name}.{key}": shape for key, shape in keys.items()}
     weights, state = (read_exactly(folder / f"{kind}.safetensors", shapes[kind]) for kind in shapes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
-            if parameter.requires_grad:
-                keys = {key: state[f"{name}.{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[parameter] = {"step": state[f"{name}.step"].reshape(()), **keys}
+    for name, parameter in touched.items():
+        keys = {key: state[f"{name}.{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": state[f"{name}.step"].reshape(()), **keys}
     return step
 
 

@@ -23,7 +23,7 @@ from functools import partial
 import torch
 
 from minicot.answers import is_correct, majority_vote, normalize
-from minicot.data import check_pictures, collate, encode_row, make_groups, target, text_room, truncate_words
+from minicot.data import check_pictures, collate, encode_row, make_groups, target, longest_row, truncate_words
 from minicot.errors import InputError
 from minicot.scoring import score
 
@@ -95,19 +95,25 @@ def token_log_ratios(model, ref, tokenizer, samples, *, mode, reader=None, batch
     return [(row.ids[row.n_prompt :], values.tolist()) for row, values in zip(rows, ratios)]
 
 
-def log_ratio_scores(model, ref, tokenizer, sampled, *, name, mode, words=0, reader=None, batch_size=64):
+def log_ratio_scores(
+    model, ref, tokenizer, sampled, *, name, mode, words=0, tokens=False, reader=None, batch_size=64
+):
     """Yield the Samples with scores[name] = sum over the response of log pi(y|x) - log pi_ref(y|x); with
-    `words` over its first words alone, as DPO sees it where it is trained on truncate_words."""
-    groups = (
-        rows_of(tokenizer, samples, mode)
-        for samples in (truncate_words(sampled, words) if words else sampled)
-    )
+    `words` over its first words alone, as DPO sees it where it is trained on truncate_words; with `tokens`
+    also `tokens`, the scored tokens as texts, and token_scores[name], the log-ratio of each."""
+    seen = truncate_words(sampled, words) if words else sampled
+    groups = [rows_of(tokenizer, samples, mode) for samples in seen]
     ratios = log_ratios(model, ref, tokenizer, groups, reader=reader, batch_size=batch_size)
-    for samples in sampled:
-        scored = [
-            replace(response, scores={**(response.scores or {}), name: next(ratios).sum().item()})
-            for response in samples.responses
-        ]
+    for samples, rows in zip(sampled, groups):
+        scored = []
+        for response, row in zip(samples.responses, rows):
+            values = next(ratios)
+            more = {"scores": {**(response.scores or {}), name: values.sum().item()}}
+            if tokens:
+                texts = [tokenizer.decode([i], skip_special=False) for i in row.ids[row.n_prompt :]]
+                ratios_of = {**(response.token_scores or {}), name: values.tolist()}
+                more |= {"tokens": texts, "token_scores": ratios_of}
+            scored.append(replace(response, **more))
         yield replace(samples, responses=scored)
 
 
@@ -131,7 +137,7 @@ def assess(
     token). "left_out" counts what is missing. `watch` is handed each list of groups as work on it begins
     (tqdm). metrics.assessment makes numbers of this."""
     problems = [samples.problem for samples in sampled]
-    longest = text_room(model.config.max_position_embeddings, problems, reader)
+    longest = longest_row(model.config.max_position_embeddings, problems, reader)
     groups, left_out = make_groups(tokenizer, sampled, mode=mode, max_length=longest, reference=reference)
     solved = [p for p in problems if (p.answer if mode == "direct" else p.solution) is not None]
     solutions = [encode_row(tokenizer, p, target(p, mode), mode=mode) for p in solved]

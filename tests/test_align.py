@@ -2,21 +2,29 @@
 
 import dataclasses
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import align
-from minicot import config as flags
+from minicot import evaluation
+from minicot.data import Row, collate, make_groups
+from minicot.losses import aft_loss
 from minicot.records import Problem, Response, Samples, samples_to_row
 from minicot.sets import read_problems
 from minicot.model import Transformer
+from minicot.sampling import sample_groups
+from minicot.tokenizer import Tokenizer
 from minicot.training import resolve
 from minicot.weights import load_model, save_model
 from tests.helpers import assert_one_line_error, script
 
-BASE = resolve("toy")
+BASE, ROOT = resolve("toy"), Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -117,37 +125,86 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(policy, samples, tmp_
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_new_loss_is_one_function_and_one_table_row(policy, samples, tmp_path, monkeypatch):
-    """A made-up loss: the gap between the worst right and the best wrong score, squared, towards 1 nat."""
+SIMPO = '''
 
-    def gap_loss(scores, better):
-        worst = torch.where(better.any(2), scores, torch.inf).amin(1)
-        best = torch.where(better.any(1), scores, -torch.inf).amax(1)
-        return torch.where(better.any((1, 2)), (worst - best - 1) ** 2, 0.0).nan_to_num(0.0)
+def simpo_loss(scores, *, beta, gamma):
+    """SimPO (arXiv 2405.14734, Eq. 6): scores (B, 2), token means, column 0 chosen, 1 rejected -> (B,)."""
+    return -F.logsigmoid(beta * (scores[:, 0] - scores[:, 1]) - gamma)
+'''
+ROW = '    "simpo": Method(lambda g, c, k: simpo_loss(g.scores, beta=c.beta, gamma=0.5), pairs=True),\n'
 
-    monkeypatch.setitem(
-        align.METHODS, "gap", align.Method(lambda g, c: gap_loss(g.scores, g.better), "reference")
+
+def test_a_new_loss_is_one_function_and_one_table_row(policy, samples, tmp_path):
+    """SimPO: -log sigmoid(beta (s_w - s_l) - gamma), written into a copy of the two files that a user edits;
+    the command line knows it, and its loss at step 1 is the formula's."""
+    shutil.copytree(ROOT / "minicot", tmp_path / "minicot", ignore=shutil.ignore_patterns("recipes", "*.pyc"))
+    losses, script_file = (tmp_path / "minicot" / "losses.py"), (tmp_path / "align.py")
+    losses.write_text(losses.read_text() + SIMPO)
+    text = (ROOT / "align.py").read_text()
+    text = text.replace(
+        "from minicot.losses import sft_loss\n", "from minicot.losses import sft_loss, simpo_loss\n"
     )
-    config = flags.AlignConfig(
-        method="gap",
-        constraint="none",
-        init=str(policy),
-        samples=str(samples),
-        steps=12,
-        batch_size=6,
-        lr=3e-3,
-        device="cpu",
-        out=str(tmp_path / "gap"),
-    )
-    align.main(config)
-    losses = [line["loss"] for line in lines(tmp_path, "gap")]
-    assert losses[-1] < losses[0]
+    script_file.write_text(text.replace("METHODS = {", "METHODS = {\n" + ROW.rstrip(), 1))
+    argv = ["--init", policy, "--samples", samples, "--steps", 12, "--batch-size", 2, "--beta", 2]
+    more = ["--lr", "3e-3", "--pair-low", 0, "--pair-high", 1, "--device", "cpu"]
+    command = [sys.executable, "align.py", "--method", "simpo", *argv, *more]
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "simpo, constraint none" in done.stdout, done.stderr
+    log = lines(tmp_path, "runs/simpo")
+    gap = log[0]["score_right"] - log[0]["score_wrong"]
+    expected = -torch.nn.functional.logsigmoid(torch.tensor(2 * gap - 0.5)).item()
+    assert log[0]["loss"] == pytest.approx(expected, rel=0.05)  # of the mean gap; the loss is nearly linear
+    assert log[-1]["loss"] < log[0]["loss"]
+    command[command.index("simpo")] = "simpler"
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+    assert_one_line_error(done, "simpler", *("'simpo'", "'rft'", "'aft'", "'ipo'"))
+
+
+def test_a_source_may_make_a_steps_groups_when_the_step_before_it_is_done(
+    policy, samples, tmp_path, monkeypatch
+):
+    """Groups drawn from the policy itself at each step: the loop is the same, and each step's are drawn from
+    what the step before has made of the weights."""
+    models, drawn = [], []
+    load = align.load_model
+    monkeypatch.setattr(align, "load_model", lambda *a, **k: models.append(load(*a, **k)) or models[-1])
+
+    def on_policy(groups, ref, batches, steps, config, tokenizer, reader):
+        problems, asking = read_problems("toy", "train", limit=4), dict(mode="cot", style="hash")
+        for step in steps:
+            drawn.append(next(models[0].parameters()).detach().clone())
+            fresh = list(
+                sample_groups(models[0], tokenizer, problems, n=3, max_new_tokens=4, seed=step, **asking)
+            )
+            rows, _ = make_groups(tokenizer, fresh, mode="cot", max_length=256, reference=True)
+            yield [(collate(rows, tokenizer.pad_id, reader), None)]
+
+    monkeypatch.setattr(align, "from_samples", on_policy)
+    done = run_align(policy, samples, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(lines(tmp_path)) == len(drawn) == 3 and len(models) == 1
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+
+
+def test_a_loss_may_look_at_tokens(policy, samples, tmp_path, monkeypatch):
+    """The table's tokens and the mask of its batch give the table's sums and means again."""
+    tables = []
+
+    def look(g, c, k):
+        tables.append(g)
+        return aft_loss(g.scores, g.better, **k)
+
+    row = dataclasses.replace(align.METHODS["aft"], loss=look)
+    monkeypatch.setitem(align.METHODS, "aft", row)
+    assert run_align(policy, samples, cwd=tmp_path).returncode == 0
+    for g in tables:
+        assert g.token_logps.shape == g.batch.loss_mask.shape == g.batch.ids.shape
+        sums = (g.token_logps * g.batch.loss_mask).sum(1)
+        torch.testing.assert_close(sums, g.logps[g.batch.group, g.batch.slot])
+        torch.testing.assert_close(sums / g.batch.loss_mask.sum(1), g.scores[g.batch.group, g.batch.slot])
 
 
 def test_sft_rows_are_the_reference_the_best_or_the_right_ones(policy, tmp_path):
-    from minicot.data import collate, make_groups
-    from minicot.tokenizer import Tokenizer
-
     rows, _ = make_groups(Tokenizer(policy), groups([[0, 1, 1]]), mode="cot", max_length=256, reference=True)
     batch = collate(rows, 0)
     assert align.sft_rows(batch, "reference").tolist() == [True, False, False, False]
@@ -166,9 +223,26 @@ def test_the_reference_cache_is_reused_and_refused_for_other_weights(policy, sam
     assert run_align(policy, samples, *argv, "--overwrite", cwd=tmp_path).returncode == 0
     assert (tmp_path / "ref.safetensors").read_bytes() == kept
     assert [line["loss"] for line in lines(tmp_path)] == [line["loss"] for line in first]
-    done = run_align(policy, samples, *argv, "--overwrite", "--ref", BASE, cwd=tmp_path)
-    assert_one_line_error(done, "other weights, data or tokenizer")
-    assert (tmp_path / "ref.safetensors").read_bytes() == kept
+    for other in (["--ref", BASE], ["--dtype", "bfloat16"]):
+        done = run_align(policy, samples, *argv, "--overwrite", *other, cwd=tmp_path)
+        assert_one_line_error(done, "other weights, data or tokenizer, or of another --dtype")
+        assert (tmp_path / "ref.safetensors").read_bytes() == kept
+
+
+def test_dpo_and_ipo_log_the_pairs_by_what_they_rank(policy, samples, tmp_path):
+    """beta (log pi - log pi_ref): all 0 at the first step, whatever the scores are; then the pairs part."""
+    for method in ("dpo", "ipo"):
+        argv = ["--method", method, "--lr", "1e-2", "--pair-low", 0, "--pair-high", 1, "--out", method]
+        assert run_align(policy, samples, *argv, cwd=tmp_path).returncode == 0
+        log = lines(tmp_path, method)
+        assert abs(log[0]["margin"]) < 1e-5 and log[0]["score_right"] != log[0]["score_wrong"]
+        assert log[-1]["margin"] > 1e-3 and log[-1]["ranking_accuracy"] > 0.5
+    batch = collate([[Row("1", [1, 2, 3], 1, 1.0, True), Row("1", [1, 4], 1, 0.0, False)]], 0)
+    table = align.tabulate(torch.full((2, 3), -2.0), batch, torch.tensor([-5.0, -1.0]), True)
+    # log pi: -4 and -2; log-ratios: 1 and -1
+    assert align.watch([table], align.METHODS["dpo"], 0.1)["margin"] == pytest.approx(0.1 * 2)
+    by_scores = align.watch([table], align.METHODS["aft"], 0.1)
+    assert by_scores["margin"] == 0 and by_scores["score_right"] == -2
 
 
 def test_trl_pairs_are_aligned_without_a_grade(policy, tmp_path):
@@ -191,6 +265,9 @@ def test_trl_pairs_are_aligned_without_a_grade(policy, tmp_path):
         (["--samples", "nowhere.jsonl"], ["nowhere.jsonl"]),
         (["--init", "nowhere"], ["nowhere"]),
         (["--method", "dpo", "--constraint", "detached", "--label-smoothing", "0.1"], ["--label-smoothing"]),
+        (["--method", "dpo", "--label-smoothing", "1"], ["--label-smoothing is 1.0", "below 1"]),
+        (["--method", "ipo", "--constraint", "detached"], ["--constraint", "none, for ipo"]),
+        (["--no-reference"], ["--reference"]),
     ],
 )
 def test_bad_input_ends_in_one_line(policy, samples, tmp_path, argv, parts):
@@ -268,8 +345,60 @@ def test_held_out_problems_need_an_answer_and_must_not_be_trained(policy, sample
     (tmp_path / "q.jsonl").write_text('{"question": "Why?"}\n')
     done = run_align(policy, samples, "--data", tmp_path / "q.jsonl", cwd=tmp_path)
     assert_one_line_error(done, "problems with an answer")
+    assert not (tmp_path / "out").exists()
     done = run_align(policy, samples, "--data", "toy", "--eval-limit", 8, "--max-new-tokens", 4, cwd=tmp_path)
     assert "greedy accuracy on 8 held-out problems: 0.0% -> 0.0%" in done.stdout, done.stderr
     assert {"held_out_accuracy", "held_out_reference_nll", "held_out_repeated_4grams"} <= lines(tmp_path)[
         0
     ].keys()
+
+
+def test_each_method_has_a_folder_of_its_own(policy, samples, tmp_path):
+    for method in ("aft", "rrhf"):
+        argv = ["--init", policy, "--samples", samples, "--steps", 1, "--method", method]
+        done = script("align.py", *argv, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"aft", "rrhf"}
+    assert (tmp_path / "runs" / "rrhf" / "model.safetensors").is_file()
+
+
+def test_what_a_weak_model_has_sampled_is_kept(policy, tmp_path):
+    argv = ["--init", policy, "--limit", 3, "--k", 2, "--max-new-tokens", 4, "--eval-split", ""]
+    done = script("align.py", "--method", "dpo", *argv, cwd=tmp_path)
+    assert_one_line_error(done, "no right x wrong pair")
+    assert "--samples runs/dpo/samples.jsonl" in done.stdout
+    again = ["--init", policy, "--samples", "runs/dpo/samples.jsonl", "--method", "aft", "--steps", 1]
+    done = script("align.py", *again, cwd=tmp_path)
+    assert done.returncode == 0 and "3 groups" in done.stdout, done.stderr
+    assert not (tmp_path / "runs" / "dpo" / "lock.json").exists()
+
+
+def test_a_resumed_run_takes_the_samples_and_the_before_of_the_run(policy, tmp_path):
+    argv = ["--init", policy, "--limit", 6, "--k", 2, "--max-new-tokens", 4, "--eval-limit", 8, "--steps", 3]
+    assert script("align.py", *argv, "--out", "whole", cwd=tmp_path).returncode == 0
+    assert script("align.py", *argv, "--out", "halves", "--stop-at", 2, cwd=tmp_path).returncode == 0
+    done = script("align.py", *argv, "--out", "halves", "--resume", cwd=tmp_path)
+    assert done.returncode == 0 and "responses each" not in done.stdout, done.stderr
+    for name in ("eval.json", "samples.jsonl", "model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "halves" / name).read_bytes(), name
+
+
+def test_sampling_and_evaluation_run_under_dtype_with_one_model_in_memory(policy, tmp_path, monkeypatch):
+    loaded, sampled_under = [], []
+    load, sample = align.load_model, sample_groups
+    monkeypatch.setattr(align, "load_model", lambda *a, **k: loaded.append(1) or load(*a, **k))
+
+    def watched(*arguments, **options):
+        for samples in sample(*arguments, **options):
+            sampled_under.append(torch.is_autocast_enabled("cpu"))
+            yield samples
+
+    for module in (align, evaluation):
+        monkeypatch.setattr(module, "sample_groups", watched)
+    argv = ["--limit", 4, "--k", 2, "--max-new-tokens", 4, "--eval-limit", 5, "--steps", 1, "--device", "cpu"]
+    for dtype in ("bfloat16", "float32"):
+        loaded.clear(), sampled_under.clear()
+        done = script("align.py", "--init", policy, *argv, "--dtype", dtype, "--out", dtype, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert sampled_under == [dtype == "bfloat16"] * (4 + 5 + 5 + 5)  # samples, before, a probe, after
+        assert len(loaded) == 1

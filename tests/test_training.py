@@ -3,18 +3,26 @@ line."""
 
 import json
 import math
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minicot.config import TrainConfig, parse
+import train
+from minicot import training
+from minicot.config import AlignConfig, LoopConfig, SampleConfig, TrainConfig, parse
 from minicot.model import ModelConfig, Transformer
 from minicot.training import load_checkpoint, lr_at, make_optimizer, save_checkpoint
-from tests.helpers import assert_one_line_error, script
+from tests.helpers import assert_one_line_error, finished, script, start
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(
@@ -49,23 +57,12 @@ def base(tmp_path_factory):
 
 
 def run_train(base, out, *argv, cwd):
-    return script(
-        "train.py",
-        "--init",
-        base / "config.json",
-        "--limit",
-        60,
-        "--batch-size",
-        8,
-        "--steps",
-        6,
-        "--device",
-        "cpu",
-        "--out",
-        out,
-        *argv,
-        cwd=cwd,
-    )
+    return script("train.py", *words(base, out), *argv, cwd=cwd)
+
+
+def words(base, out):
+    quick = ["--limit", 60, "--batch-size", 8, "--steps", 6, "--device", "cpu", "--eval-split", ""]
+    return ["--init", base / "config.json", *quick, "--out", out]
 
 
 def test_learning_rate_warms_up_then_falls_along_a_cosine_to_a_tenth():
@@ -162,6 +159,7 @@ def test_a_run_is_never_replaced_unasked_nor_lost_by_a_failing_one(base, tmp_pat
     refused("--resume", "--overwrite", parts=["both given"])
     refused("--overwrite", "--data", "gone.jsonl", parts=["gone.jsonl"])
     refused("--overwrite", "--init", "out", parts=["an input of this run"])
+    refused("--overwrite", "--tokenizer", "out", parts=["an input of this run"])
     # a run that fails in its first step: what it was to replace stands beside
     done = run_train(base, "out", "--overwrite", "--lr", "1e30", "--clip", 0, "--warmup", 0, cwd=tmp_path)
     assert_one_line_error(done, "step ")
@@ -222,7 +220,7 @@ def test_held_out_problems_are_never_the_trained_ones(base, tmp_path):
     done = run_train(base, "out", *argv, "test", cwd=tmp_path)
     assert_one_line_error(done, "--eval-split", "20 held-out problems are among the trained", "train[900:]")
     done = run_train(base, "out", *argv, "train[15:]", "--split", "train[:15]", cwd=tmp_path)
-    assert done.returncode == 0 and "NLL of 5 solutions of train[15:]" in done.stdout
+    assert done.returncode == 0 and "NLL of 5 held-out solutions" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -285,3 +283,281 @@ def test_bfloat16_autocast_stays_near_float32(base, tmp_path):
         assert run_train(base, dtype, "--dtype", dtype, cwd=tmp_path).returncode == 0
     a, b = ([line["loss"] for line in lines(tmp_path / dtype)] for dtype in ("float32", "bfloat16"))
     assert a != b and a == pytest.approx(b, rel=1e-2)
+
+
+# ---- the run folder ----------------------------------------------------------------------------------
+
+
+def test_overwrite_leaves_what_is_not_of_its_own_run(base, tmp_path):
+    assert run_train(base, "out", "--save-every", 3, cwd=tmp_path).returncode == 0
+    out = tmp_path / "out"
+    (out / "notes").mkdir()
+    others = [out / "notes" / "model.safetensors", out / "thesis.txt", out / "film.part"]
+    for file in others:
+        file.write_text("mine")
+    before = (out / "model.safetensors").read_bytes()
+    failing = ["--overwrite", "--lr", "1e30", "--clip", 0, "--warmup", 0]
+    for _ in range(2):  # the second failing run replaces the first, not the good one
+        assert_one_line_error(run_train(base, "out", *failing, cwd=tmp_path), "step ")
+        assert [file.read_text() for file in others] == ["mine"] * 3
+        assert (tmp_path / "out.old" / "model.safetensors").read_bytes() == before
+        assert not list(out.glob("checkpoint-*")) and not (out / "model.safetensors").exists()
+    (tmp_path / "out.old" / "also.txt").write_text("mine")
+    assert run_train(base, "out", "--overwrite", "--seed", 1, cwd=tmp_path).returncode == 0
+    assert [file.read_text() for file in others] == ["mine"] * 3
+    assert (out / "model.safetensors").read_bytes() != before
+    assert [file.name for file in (tmp_path / "out.old").iterdir()] == ["also.txt"]
+
+
+def test_overwrite_never_deletes_a_folder_that_only_has_the_name_of_the_old_run(base, tmp_path):
+    assert run_train(base, "out", cwd=tmp_path).returncode == 0
+    (tmp_path / "out.old").mkdir()
+    (tmp_path / "out.old" / "model.safetensors").write_text("a copy of mine")
+    assert_one_line_error(run_train(base, "out", "--overwrite", cwd=tmp_path), "out.old", "move it away")
+    assert (tmp_path / "out.old" / "model.safetensors").read_text() == "a copy of mine"
+
+
+@pytest.mark.parametrize("error", [SafetensorError("I/O error: No space left"), OSError(28, "No space left")])
+def test_a_full_disk_ends_in_one_line_and_keeps_the_older_checkpoint(base, tmp_path, monkeypatch, error):
+    whole, calls = training.save_file, []
+
+    def full(tensors, path, **options):
+        calls.append(path)
+        if len(calls) == 4:  # the second checkpoint's second file
+            path.write_bytes(b"half of it")
+            raise error
+        whole(tensors, path, **options)
+
+    monkeypatch.setattr(training, "save_file", full)
+    done = run_train(base, "out", "--save-every", 2, cwd=tmp_path)
+    assert_one_line_error(done, "checkpoint-4", "No space left", "what was there before is kept")
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    assert run_train(base, "out", "--save-every", 2, "--resume", cwd=tmp_path).returncode == 0
+
+
+def test_a_disk_that_is_full_when_the_model_is_saved_leaves_nothing_half_written(base, tmp_path):
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    code = limited + "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, ROOT / "train.py", *words(base, "out"), "--save-every", 0]
+    options = dict(cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(list(map(str, command)), **options)
+    assert_one_line_error(done, "cannot be written")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"settings.json", "metrics.jsonl"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(base, tmp_path, number):
+    """Meanwhile nobody else may write there."""
+    argv = ["--steps", 150, "--save-every", 0]
+    assert run_train(base, "whole", *argv, cwd=tmp_path).returncode == 0
+    process = start("train.py", *words(base, "out"), *argv, cwd=tmp_path, ready="out/metrics.jsonl")
+    for switch in ("--overwrite", "--resume"):
+        done = run_train(base, "out", *argv, switch, cwd=tmp_path)
+        assert_one_line_error(done, f"process {process.pid} on {socket.gethostname()} is writing there")
+    while (tmp_path / "out" / "metrics.jsonl").read_bytes().count(b"\n") < 2:
+        time.sleep(0.01)
+    process.send_signal(number)
+    done = finished(process, timeout=10)
+    assert done.returncode == 128 + number and "Traceback" not in done.stderr, done.stderr
+    assert f"stopped by {number.name} after step" in done.stdout and "--resume" in done.stdout
+    [checkpoint] = (tmp_path / "out").glob("checkpoint-*")
+    assert 2 <= int(checkpoint.name.removeprefix("checkpoint-")) < 150
+    assert not (tmp_path / "out" / "lock.json").exists()
+    assert run_train(base, "out", *argv, "--resume", cwd=tmp_path).returncode == 0
+    one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("whole", "out"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_signal_while_the_model_is_saved_waits_for_it(base, tmp_path, monkeypatch):
+    save = training.save_model
+
+    def saved_under_fire(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*arguments)
+
+    monkeypatch.setattr(training, "save_model", saved_under_fire)
+    done = run_train(base, "out", cwd=tmp_path)
+    assert done.returncode == 143 and "the model is saved in out" in done.stdout, done.stderr
+    assert load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_a_signal_before_the_loop_ends_in_one_line(tmp_path):
+    argv = ["--limit", 8, "--eval-limit", 1000]
+    process = start("train.py", *argv, cwd=tmp_path, ready="runs/sft/settings.json")
+    process.terminate()
+    done = finished(process)
+    assert done.returncode == 143 and done.stderr.splitlines()[-1] == "ended by SIGTERM", done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "runs/sft/lock.json").exists()
+
+
+def test_a_lock_is_believed_while_its_owner_may_live(base, tmp_path):
+    (tmp_path / "out").mkdir()
+    lock, host = tmp_path / "out" / "lock.json", socket.gethostname()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for pid, machine in ((os.getppid(), host), (dead.pid, "another-host")):
+        lock.write_text(json.dumps({"pid": pid, "host": machine}))
+        done = run_train(base, "out", cwd=tmp_path)
+        assert_one_line_error(done, f"process {pid} on {machine}", "delete out/lock.json")
+        assert json.loads(lock.read_text()) == {"pid": pid, "host": machine}
+    lock.write_text("half a line")
+    assert_one_line_error(run_train(base, "out", cwd=tmp_path), "delete out/lock.json")
+    lock.write_text(json.dumps({"pid": dead.pid, "host": host}))
+    assert run_train(base, "out", cwd=tmp_path).returncode == 0 and not lock.exists()
+    done = run_train(base, "out", "--overwrite", "--lr", "1e30", "--clip", 0, "--warmup", 0, cwd=tmp_path)
+    assert_one_line_error(done, "step ")
+    assert not lock.exists()
+
+
+def test_the_training_that_align_starts_first_ends_with_it(tmp_path):
+    process = start("align.py", cwd=tmp_path)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not children.read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    child = int(children.read_text())
+    process.terminate()
+    done = finished(process)
+    assert done.returncode == 143 and "Traceback" not in done.stderr, done.stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def test_a_bug_of_ours_keeps_its_traceback(base, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("loss_mask is torch.int64; a mask must be torch.bool")
+
+    monkeypatch.setattr(train, "sft_loss", broken)
+    with pytest.raises(ValueError, match="a mask must be"):
+        run_train(base, "out", cwd=tmp_path)
+    assert not (tmp_path / "out" / "lock.json").exists()
+
+
+# ---- pictures ----------------------------------------------------------------------------------------
+
+
+def test_a_picture_model_that_saw_no_picture_before_the_checkpoint_is_resumed(tmp_path):
+    argv = ["--init", "toy-vision", "--limit", 16, "--batch-size", 4, "--steps", 3, "--eval-split", ""]
+    assert script("train.py", *argv, "--out", "whole", cwd=tmp_path).returncode == 0
+    assert script("train.py", *argv, "--out", "halves", "--stop-at", 2, cwd=tmp_path).returncode == 0
+    about = json.loads((tmp_path / "halves" / "checkpoint-2" / "state.json").read_text())
+    assert any(name.startswith("multi_modal_projector.") for name in about["untouched"])
+    done = script("train.py", *argv, "--out", "halves", "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("whole", "halves"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_picture_that_cannot_be_read_costs_its_own_problem_before_the_first_step(tmp_path):
+    for name in "abcd":
+        Image.new("RGB", (64, 64), "white").save(tmp_path / f"{name}.png")
+    for name in "bd":
+        (tmp_path / f"{name}.png").write_bytes((tmp_path / f"{name}.png").read_bytes()[:60])
+    rows = [
+        {"id": name, "question": "How many?", "answer": "3", "solution": "#### 3", "image": f"{name}.png"}
+        for name in "abcd"
+    ]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--init", "toy-vision", "--data", "set.jsonl", "--steps", 2, "--max-new-tokens", 4]
+    splits = ["--split", "train[:2]", "--eval-split", "train[2:]"]
+    done = script("train.py", *argv, *splits, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 problems left out, as their picture can't be read; the first is b: image 'b.png'" in done.stdout
+    assert "1 rows and 1 held-out problems" in done.stdout
+    done = script("train.py", *argv, "--split", "train[1:2]", "--out", "none", cwd=tmp_path)
+    assert_one_line_error(done, "no problem has a picture that can be read", "b.png")
+    samples = [row | {"responses": [{"text": "#### 4", "correct": False}]} for row in rows]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    aligned = ["--init", "toy-vision", "--samples", "samples.jsonl", "--steps", 2, "--out", "aft"]
+    done = script("align.py", *aligned, cwd=tmp_path)
+    assert done.returncode == 0 and "2 groups, 4 responses" in done.stdout, done.stderr
+    assert "2 problems left out, as their picture can't be read; the first is b" in done.stdout
+
+
+# ---- held-out problems -------------------------------------------------------------------------------
+
+
+def held_out(out):
+    return json.loads((out / "eval.json").read_text())
+
+
+def test_the_built_in_world_is_evaluated_without_a_flag_and_a_resumed_run_keeps_its_before(tmp_path):
+    argv = ["--limit", 64, "--steps", 3, "--eval-limit", 30, "--max-new-tokens", 30]
+    done = script("train.py", *argv, "--out", "whole", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    measured = held_out(tmp_path / "whole")
+    right = measured["after"]["accuracy"]
+    assert len(right) == len(measured["before"]["nll"]) == 30
+    assert f"greedy accuracy on 30 held-out problems: {sum(measured['before']['accuracy']) / 30:.1%} -> " in (
+        done.stdout
+    )
+    assert measured["difference"]["nll"]["high"] < 0  # three steps are enough for that
+    assert script("train.py", *argv, "--out", "halves", "--stop-at", 2, cwd=tmp_path).returncode == 0
+    assert list(held_out(tmp_path / "halves")) == ["before"]
+    assert script("train.py", *argv, "--out", "halves", "--resume", cwd=tmp_path).returncode == 0
+    assert held_out(tmp_path / "halves") == measured
+    done = script("train.py", *argv, "--split", "test", "--out", "test", cwd=tmp_path)
+    assert done.returncode == 0 and "held-out problems:" not in done.stdout
+
+
+def test_accuracy_is_that_of_what_the_model_does(tmp_path):
+    """A model learns four bare answers by heart and is asked the same questions, under other ids."""
+    names = ("Tom", "Ana", "Max", "Zoe")
+    rows = [
+        {"id": f"{k}{i}", "question": f"How many has {name}?", "answer": str(31 + 7 * i)}
+        for k in "ab"
+        for i, name in enumerate(names)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--data", "rows.jsonl", "--split", "train[:4]", "--eval-split", "train[4:]", "--mode", "direct"]
+    more = ["--max-new-tokens", 4, "--steps", 60, "--batch-size", 4, "--out", "out"]
+    done = script("train.py", *argv, *more, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    measured = held_out(tmp_path / "out")
+    assert measured["before"]["accuracy"] == [0] * 4 and measured["after"]["accuracy"] == [1] * 4
+    assert "greedy accuracy on 4 held-out problems: 0.0% -> 100.0% [51.0%, 100.0%]" in done.stdout
+    assert "difference +100.0%" in done.stdout and "NLL of 4 held-out solutions" in done.stdout
+
+
+def test_what_is_there_is_measured_answers_and_solutions(base, tmp_path):
+    row = lambda i, **fields: {"id": f"r{i}", "question": f"Say {i}."} | fields
+    rows = [row(i, solution=f"#### {i}", answer="1") for i in range(6)]
+    rows += [row(6, solution="#### 6", answer="6"), row(7, answer="7"), row(8, solution="#### 8"), row(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--data", "rows.jsonl", "--split", "train[:6]", "--max-new-tokens", 4]
+    for mode, n_rows in (("cot", 2), ("plain", 2), ("direct", 2), ("both", 2)):
+        done = run_train(base, mode, *argv, "--mode", mode, "--eval-split", "train[6:]", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        measured = held_out(tmp_path / mode)["after"]
+        assert (len(measured["accuracy"]), len(measured["nll"])) == (2, n_rows), mode
+    done = run_train(base, "without", *argv, "--eval-split", "auto", cwd=tmp_path)
+    assert done.returncode == 0 and not (tmp_path / "without" / "eval.json").exists()
+
+
+# ---- flags -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [TrainConfig, AlignConfig, SampleConfig])
+def test_help_groups_the_flags_and_fits_two_screens(config, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        parse(config, ["--help"], **({"method": ["aft", "dpo"]} if config is AlignConfig else {}))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 100 and max(map(len, lines)) <= 100
+    headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert headings == ["options:", "data:", "model:", "method:", "loop:", "output:"]
+
+
+def test_train_and_align_have_the_same_loop_flags():
+    shared = {field for field in LoopConfig.__dataclass_fields__}
+    for config in (TrainConfig, AlignConfig):
+        assert issubclass(config, LoopConfig) and shared <= set(config.__dataclass_fields__)
+    assert {"lr", "save_every", "stop_at", "resume", "overwrite", "dtype", "chat_template"} <= shared
+
+
+def test_the_chat_template_is_one_of_a_runs_settings(base, tmp_path):
+    done = run_train(base, "out", "--chat-template", "plain", "--stop-at", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["chat_template"] == "plain"
+    assert_one_line_error(run_train(base, "out", "--resume", cwd=tmp_path), "--resume", "chat_template")

@@ -35,8 +35,8 @@ from minicot.weights import load_model
 class DiagnoseConfig(Flags):
     """Why the LLaVA-Reasoner recipe's numbers are what they are."""
 
-    base: str = flag("", "what a base that sees reads: its folder or name, such as toy-vision")
-    pictures: int = flag(100, "of each kind, with --base", least=1)
+    base: str = flag("model", "", "what a base that sees reads: its folder or name, such as toy-vision")
+    pictures: int = flag("data", 100, "of each kind, with --base", least=1)
 
 
 FILES = ((None, None), (192, "png"), (200, "png"), (320, "jpg"), (200, "jpg"), (64, "jpg"))
