@@ -1,0 +1,322 @@
+"""Generation with a KV cache that n samples share, and K graded responses a problem.
+
+Each sample draws its tokens by inverting the cumulative distribution at uniform numbers of its own, u_1, u_2,
+..., which depend on its seed alone: what else is in the batch changes nothing but rounding.
+
+Letters: B prompts at work (slots), n samples a prompt, R = B * n rows, P prompt tokens, S own tokens of a
+row, V vocabulary; H query heads, K key/value heads, G = H / K, D channels of a head.
+"""
+
+from functools import partial
+
+import numpy as np
+import torch
+
+from minicot.data import grade_answers, prompt_text, seed_of
+from minicot.errors import InputError
+from minicot.model import KVCache, attend
+from minicot.records import Response, Samples
+
+
+def filter_logits(logits, top_k, top_p):
+    """Set to -inf what top-k and top-p (nucleus, Holtzman et al. 2020) leave out; (R,V) -> (R,V).
+
+    top-k keeps the k likeliest (ties with the k-th stay in); top-p keeps the smallest set of likeliest tokens
+    whose probability reaches top_p, and always the likeliest."""
+    if top_k and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True, stable=True)
+        probs = ordered.softmax(-1)
+        beyond = probs.cumsum(-1) - probs >= top_p
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+    return logits
+
+
+def choose(logits, uniforms, temperature, top_k, top_p):
+    """Next token of each row: the likeliest at temperature 0, else the first whose cumulative probability
+    exceeds u. ValueError where a row has no finite logit or a NaN."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    largest, likeliest = logits.max(-1)
+    if not largest.isfinite().all():
+        raise InputError("the model's logits are not finite; its weights are broken or have diverged")
+    if temperature == 0:
+        return likeliest
+    logits = filter_logits((logits - largest[:, None]) / temperature, top_k, top_p)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    total = cumulative[:, -1:]
+    u = uniforms.to(cumulative)[:, None] * total
+    u = torch.minimum(u, total.nextafter(torch.zeros_like(total)))  # u may have rounded up to the total
+    return torch.searchsorted(cumulative, u, right=True)[:, 0]
+
+
+class DecodeCache:
+    """Keys and values of sequences that are continued token by token: n rows for each of `slots` prompts.
+
+    With n = 1 a row's buffer holds its prompt and what came after. With n > 1 the n rows of a slot read one
+    copy of the prompt, as in Hydragen (arXiv 2402.05099): on long prompts decoding is reading keys. Both
+    parts' scores go through one softmax. Twin: KVCache with the prompt copied n times. Slots are refilled."""
+
+    def __init__(self, config, slots, n, max_prompt, max_new, *, dtype, device):
+        make = lambda rows, length: KVCache(config, rows, length, dtype=dtype, device=device)
+        self.n, self.length, self.dtype = n, 0, dtype
+        self.prompts = make(slots, max_prompt) if n > 1 else None
+        self.own = make(slots * n, max_new + (max_prompt if n == 1 else 0))
+        for cache in (self.own, self.prompts) if n > 1 else (self.own,):
+            for buffer in (*cache.keys, *cache.values):
+                buffer.zero_()  # masked, but 0 * NaN would not be 0
+        self.prompt_length = torch.zeros(slots, dtype=torch.long, device=device)
+        self.own_length = torch.zeros(slots * n, dtype=torch.long, device=device)
+
+    def admit(self, slots, prefill, lengths):
+        """Put prefilled prompts (right-padded rows of a KVCache) into slots."""
+        cache, P = self.prompts or self.own, prefill.length
+        for layer in range(len(cache.keys)):
+            cache.keys[layer][slots, :, :P] = prefill.keys[layer][:, :, :P]
+            cache.values[layer][slots, :, :P] = prefill.values[layer][:, :, :P]
+        self.prompt_length[slots] = lengths
+        rows = (slots[:, None] * self.n + torch.arange(self.n, device=slots.device)).flatten()
+        self.own_length[rows] = 0 if self.prompts else lengths
+
+    def select(self, slots):
+        """Keep these slots only."""
+        rows = (slots[:, None] * self.n + torch.arange(self.n, device=slots.device)).flatten()
+        self.own.select(rows)
+        if self.prompts:
+            self.prompts.select(slots)
+        self.prompt_length, self.own_length = self.prompt_length[slots], self.own_length[rows]
+
+    def begin(self, live):
+        """A step of one token a row: its positions (R,1); rows that are not live stay where they are."""
+        before = self.prompt_length.repeat_interleave(self.n) if self.prompts else 0
+        self.rows, self.at = (
+            torch.arange(len(self.own_length), device=self.own_length.device),
+            self.own_length.clone(),
+        )
+        self.end = int(self.own_length.max()) + 1
+        self.own_seen = torch.arange(self.end, device=self.own_length.device) <= self.at[:, None]  # (R,S)
+        if self.prompts:
+            P = int(self.prompt_length.max())
+            self.prompt_seen = torch.arange(P, device=self.own_length.device) < self.prompt_length[:, None]
+        self.own_length += live
+        return (before + self.at)[:, None]
+
+    def append_padding(self, pad_mask, rows, T):
+        assert pad_mask is None and T == 1 and rows == len(self.own_length), f"{rows} rows x {T}"
+
+    def attend(self, layer, q, k, v, mask):
+        """q (R,H,1,D), k, v (R,K,1,D) -> (R,H,1,D)."""
+        (R, H, _, D), K, S = q.shape, k.shape[1], self.end
+        self.own.keys[layer][self.rows, :, self.at] = k[:, :, 0]
+        self.own.values[layer][self.rows, :, self.at] = v[:, :, 0]
+        keys, values = self.own.keys[layer][:, :, :S], self.own.values[layer][:, :, :S]
+        if not self.prompts:
+            return attend(q, keys, values, self.own_seen[:, None, None])
+        G, q, never = H // K, q.view(R, K, H // K, D) * D**-0.5, -torch.inf
+        to_own = (q @ keys.transpose(2, 3)).masked_fill(~self.own_seen[:, None, None], never)  # (R,K,G,S)
+        B, P = self.prompt_seen.shape
+        of_slots = lambda x: x.view(B, self.n, K, G, -1).transpose(1, 2).reshape(B, K, self.n * G, -1)
+        of_rows = lambda x: x.view(B, K, self.n, G, -1).transpose(1, 2).reshape(R, K, G, -1)
+        keys = self.prompts.keys[layer][:, :, :P]
+        to_prompt = of_slots(q) @ keys.transpose(2, 3)  # (B,K,nG,P)
+        to_prompt = of_rows(to_prompt.masked_fill(~self.prompt_seen[:, None, None], never))
+        weights = torch.cat([to_prompt, to_own], -1).softmax(-1)
+        from_prompt = of_rows(of_slots(weights[..., :P]) @ self.prompts.values[layer][:, :, :P])
+        return (from_prompt + weights[..., P:] @ values).reshape(R, H, 1, D)
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompts,
+    *,
+    n=1,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    stop_ids,
+    seed,
+    images=None,
+    max_rows=0,
+):
+    """Sample n continuations of each prompt (lists of token ids).
+
+    Returns [prompt][sample] -> new ids, the stop id included where one came. temperature 0 is greedy. seed: a
+    list holds one seed a prompt (its samples then depend on nothing else; sample j has the same stream
+    whatever n is), an int s stands for s, s + 1, .... images: a list of pixel tensors (C,H,W) a prompt, which
+    carries n placeholders for each. At most max_rows sequences (0: all) run at once; the next prompts take
+    the place of finished ones. A prompt, or equal ones in a row, is computed once. ValueError: an empty
+    prompt, no room in the context."""
+    if not prompts or not all(prompts):
+        raise ValueError(
+            f"prompts: {len(prompts)} given, of lengths {[len(p) for p in prompts][:8]}; each needs a token"
+        )
+    if max_new_tokens < 1 or n < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+        raise ValueError(
+            f"n {n}, max_new_tokens {max_new_tokens}, temperature {temperature}, "
+            f"top_k {top_k}, top_p {top_p}; "
+            "allowed: n >= 1, max_new_tokens >= 1, temperature >= 0, top_k >= 0, 0 < top_p <= 1"
+        )
+    seeds = list(range(seed, seed + len(prompts))) if isinstance(seed, int) else seed
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; one a prompt is needed")
+    longest, context = max(map(len, prompts)), model.config.max_position_embeddings
+    if longest + max_new_tokens > context:
+        raise InputError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {context}"
+        )
+
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    if torch.is_autocast_enabled(device.type):  # keys and values come in its dtype
+        dtype = torch.get_autocast_dtype(device.type)
+    slots = min(len(prompts), max(1, max_rows // n)) if max_rows else len(prompts)
+    cache = DecodeCache(model.config, slots, n, longest, max_new_tokens, dtype=dtype, device=device)
+    placeholder = model.vlm_config.image_token_id if hasattr(model, "vlm_config") else -1
+    stop, waiting = set(stop_ids), list(range(len(prompts)))[::-1]
+    responses = [[[] for _ in range(n)] for _ in prompts]
+    owner, live = [None] * slots, torch.zeros(slots * n, dtype=torch.bool)  # a slot's prompt; rows at work
+    tokens, uniforms = torch.zeros(slots * n, dtype=torch.long), np.zeros((slots * n, max_new_tokens))
+
+    def advance(rows, logits):
+        """Choose the next token of these rows, note it, and note who is done."""
+        at = [len(responses[owner[r // n]][r % n]) for r in rows]
+        if 0 <= placeholder < logits.shape[-1]:
+            logits[:, placeholder] = -torch.inf  # no model draws a picture
+        drawn = torch.from_numpy(uniforms[rows, at]).to(device) if temperature else None
+        chosen = choose(logits, drawn, temperature, top_k, top_p).cpu()
+        tokens[rows] = chosen
+        for row, t, token in zip(rows, at, chosen.tolist()):
+            responses[owner[row // n]][row % n].append(token)
+            live[row] = token not in stop and t + 1 < max_new_tokens
+
+    while True:
+        busy = live.view(-1, n).any(1)
+        free = (~busy).nonzero()[:, 0].tolist()
+        if waiting and 4 * len(free) >= len(owner):
+            new = [waiting.pop() for _ in range(min(len(free), len(waiting)))]
+            for slot, b in zip(free, new):
+                owner[slot] = b
+                uniforms[slot * n : slot * n + n] = [
+                    np.random.default_rng([seeds[b], j]).random(max_new_tokens) for j in range(n)
+                ]
+            logits = prefill(
+                model,
+                cache,
+                free[: len(new)],
+                [prompts[b] for b in new],
+                [images[b] if images else [] for b in new],
+            )
+            advance(
+                [slot * n + j for slot in free[: len(new)] for j in range(n)], logits.repeat_interleave(n, 0)
+            )
+            continue
+        if not busy.any():
+            return responses
+        if not waiting and 4 * len(free) >= len(owner):
+            left = busy.nonzero()[:, 0]
+            rows = (left[:, None] * n + torch.arange(n)).flatten()
+            cache.select(left.to(device))
+            owner, live, tokens = [owner[slot] for slot in left.tolist()], live[rows], tokens[rows]
+            uniforms = uniforms[rows.numpy()]
+        embeds = model.embed(tokens.to(device)[:, None])
+        hidden = model.hidden_states(embeds, positions=cache.begin(live.to(device)), cache=cache)
+        rows = live.nonzero()[:, 0]
+        advance(rows.tolist(), model.head(hidden[rows.to(device), -1]))
+
+
+def prefill(model, cache, slots, prompts, images):
+    """Compute prompts, equal ones once, put them into slots of the DecodeCache -> logits (len(prompts),V)
+    after their last tokens."""
+    device = cache.own_length.device
+    keys = [(tuple(prompt), tuple(map(id, pictures))) for prompt, pictures in zip(prompts, images)]
+    first = {key: i for i, key in reversed(list(enumerate(keys)))}
+    unique = sorted(first.values())
+    lengths = torch.tensor([len(prompts[i]) for i in unique], device=device)
+    P = int(lengths.max())
+    ids = torch.tensor([[*prompts[i], *[0] * (P - len(prompts[i]))] for i in unique], device=device)
+    real = torch.arange(P, device=device) < lengths[:, None]
+    pixels = [picture for i in unique for picture in images[i]]
+    embeds = model.embed(ids, torch.stack(pixels).to(device)) if pixels else model.embed(ids)
+    computed = KVCache(model.config, len(unique), P, dtype=cache.dtype, device=device)
+    hidden = model.hidden_states(embeds, pad_mask=real, cache=computed)
+    of = torch.tensor([unique.index(first[key]) for key in keys], device=device)
+    computed.select(of)
+    cache.admit(torch.tensor(slots, device=device), computed, lengths[of])
+    return model.head(hidden[torch.arange(len(unique), device=device), lengths - 1])[of]
+
+
+def sample_groups(
+    model,
+    tokenizer,
+    problems,
+    *,
+    n,
+    mode,
+    style,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    seed=0,
+    batch_size=64,
+    grade=None,
+    reader=None,
+):
+    """Yield Samples, n graded responses a problem, in the order of the problems, about batch_size sequences
+    at a time. Each problem's seed comes from `seed` and its id, so the samples don't depend on the other
+    problems. `reader` (data.image_reader) reads pictures; a problem whose picture can't be read is yielded
+    without responses, its `error` saying why. It works while it is iterated: an autocast must be on then.
+
+    grade: a grader, which gets a list of Samples with ungraded responses and returns them graded, in order;
+    it replaces the one by final answers of `style` (data.grade_answers)."""
+    grade = grade or partial(grade_answers, mode=mode, style=style)
+    window = 8 * max(1, batch_size // n)  # results come a window at a time
+    context, all_prompts = model.config.max_position_embeddings, []
+    for problem in problems:
+        prompt = tokenizer.encode(prompt_text(tokenizer, problem, mode))
+        if reader is not None:
+            prompt = reader.expand(prompt, problem.id, len(problem.images))
+        elif problem.images:
+            raise InputError(f"problem {problem.id!r} has a picture, but the model reads text only")
+        if not 0 < len(prompt) <= context - max_new_tokens:
+            raise InputError(
+                f"problem {problem.id!r}: a prompt of {len(prompt)} tokens and {max_new_tokens} new ones "
+                f"do not fit into the context of {context}; allowed: a prompt of one token or more"
+            )
+        all_prompts.append(prompt)
+    for start in range(0, len(problems), window):
+        part = range(start, min(start + window, len(problems)))
+        images, unread, drawn = {}, {}, []
+        for i in part:
+            try:
+                images[i] = reader.pixels(problems[i].images) if reader else []
+            except (InputError, OSError) as error:
+                unread[i] = Samples(problems[i], error=str(error))
+        order = sorted(images, key=lambda i: len(all_prompts[i]))  # like lengths are prefilled together
+        if order:
+            drawn = generate(
+                model,
+                [all_prompts[i] for i in order],
+                n=n,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                stop_ids=tokenizer.stop_ids,
+                seed=[seed_of(seed, problems[i].id) for i in order],
+                images=[images[i] for i in order],
+                max_rows=batch_size,
+            )
+        responses = {i: [respond(tokenizer, ids) for ids in rows] for i, rows in zip(order, drawn)}
+        graded = grade([Samples(problems[i], responses[i]) for i in sorted(order)])
+        assert len(graded) == len(order), f"the grader made {len(graded)} Samples of {len(order)}"
+        samples_of = unread | dict(zip(sorted(order), graded))
+        yield from (samples_of[i] for i in part)
+
+
+def respond(tokenizer, ids):
+    """Sampled ids -> a Response without a grade."""
+    finish = "stop" if ids[-1] in tokenizer.stop_ids else "length"
+    return Response(tokenizer.decode(ids), finish=finish, ids=ids)

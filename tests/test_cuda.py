@@ -4,8 +4,8 @@ numbers as on the CPU. Skipped without a GPU.
     MINICOT_CUDA_TESTS_ON=cpu python -m pytest tests/test_cuda.py
 
 runs the bodies on a CPU, where score takes its two-part attention. What only a GPU has is not run then: the
-fused attention kernels, FlexAttention's kernels forward and backward, CUDA's memory. (On a CPU FlexAttention
-has no backward; its forward, compiled, is in test_scoring.py.)
+fused attention kernels, FlexAttention's kernels forward and backward, CUDA's memory. (FlexAttention has no
+backward on a CPU; its forward, compiled, is in test_scoring.py.)
 """
 
 import json
