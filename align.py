@@ -35,9 +35,10 @@ from minicot.sampling import sample_groups
 from minicot.scoring import score
 from minicot.sets import read_problems, refuse_shared
 from minicot.tokenizer import Tokenizer
-from minicot.training import Log, Run, autocast, check_out, clip_gradients, digest_of, load_checkpoint
-from minicot.training import make_optimizer, pick_device, refuse_non_finite, report_unreadable, resolve
-from minicot.training import set_lr, train_first, train_only, weights_digest, write_jsonl, written_beside
+from minicot.runs import Log, Run, check_out, load_checkpoint, write_jsonl, written_beside
+from minicot.training import autocast, clip_gradients, digest_of, make_optimizer, pick_device
+from minicot.training import refuse_non_finite, report_unreadable, resolve, set_lr, train_first, train_only
+from minicot.training import weights_digest
 from minicot.weights import load_model
 
 

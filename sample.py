@@ -39,7 +39,8 @@ from minicot.sampling import sample_groups
 from minicot.sets import default_length, read_problems, style_of
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures
-from minicot.training import pick_device, resolve, train_first, weights_digest, write_json, write_jsonl
+from minicot.runs import write_json, write_jsonl
+from minicot.training import pick_device, resolve, train_first, weights_digest
 from minicot.verifier import assess, curves, log_ratio_scores
 from minicot.weights import load_model, read_json
 

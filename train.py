@@ -25,9 +25,9 @@ from minicot.losses import sft_loss
 from minicot.scoring import score
 from minicot.sets import TOYS, read_problems, refuse_shared
 from minicot.tokenizer import Tokenizer
-from minicot.training import Log, Run, autocast, check_out, clip_gradients, digest_of, load_checkpoint
-from minicot.training import make_optimizer, pick_device, refuse_non_finite, report_unreadable, resolve
-from minicot.training import set_lr, train_only
+from minicot.runs import Log, Run, check_out, load_checkpoint
+from minicot.training import autocast, clip_gradients, digest_of, make_optimizer, pick_device
+from minicot.training import refuse_non_finite, report_unreadable, resolve, set_lr, train_only
 from minicot.weights import attach_vision, load_model
 
 

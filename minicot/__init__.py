@@ -11,11 +11,14 @@ Read in this order:
     answers.py     what the answer of a response is, and whether it is right
     images.py      picture files -> pixels
     toy/           a small world of problems, told and drawn, whose truth is known
-    data.py        problems and graded responses -> batches of tensors
+    records.py     problems, responses and samples, and their JSON lines
+    sets.py        published sets, as they are published
+    data.py        rows of token ids, batches of tensors, pairs and groups
     scoring.py     log-probabilities of a batch, shared prompts computed once
     sampling.py    new responses, graded
     verifier.py    choosing among responses: best-of-n, weighted vote
     metrics.py     accuracies with intervals
     training.py    what a training loop needs besides the loop, which stands in train.py
+    runs.py        the run folder: whole files, a lock, signals, checkpoints
     evaluation.py  held-out problems, before and after
 """

@@ -285,7 +285,7 @@ def check(condition, name, value, allowed):
 
 def run(main, config_class, argv=None, **choices):
     """Run a script. Bad input (InputError, OSError) ends in one line and exit code 2; SIGTERM and SIGINT end
-    in one line and exit code 128 + signal (in a training loop: see training.Run). Any other exception is a
+    in one line and exit code 128 + signal (in a training loop: see runs.Run). Any other exception is a
     bug of ours and keeps its traceback."""
 
     handlers = {}

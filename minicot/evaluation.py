@@ -11,7 +11,8 @@ from minicot.metrics import accuracy, paired_difference
 from minicot.sampling import sample_groups
 from minicot.scoring import score
 from minicot.sets import default_length, style_of
-from minicot.training import autocast, write_json
+from minicot.runs import write_json
+from minicot.training import autocast
 from minicot.weights import read_json
 
 

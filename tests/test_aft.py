@@ -24,7 +24,7 @@ from minicot.losses import aft_loss, better_than, dpo_loss, sequence_logps, sft_
 from minicot.recipes import aft as recipe
 from minicot.recipes.tables import pack
 from minicot.records import Problem, Response, Samples, read_samples, samples_to_row
-from minicot.training import write_jsonl
+from minicot.runs import write_jsonl
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses_golden.json").read_text())
 FORMS = [("plain", "none"), ("dc", "detached"), ("bc_T_detached", "boundary")]

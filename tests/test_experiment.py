@@ -13,7 +13,7 @@ from minicot.recipes import experiment as engine
 from minicot.recipes.experiment import RESULTS, Experiment, Next
 from minicot.recipes.tables import BY_HAND, claims, judge_all, numbers, pack, read_results, tables, unpack
 from minicot.recipes.tables import write_page
-from minicot.training import write_json
+from minicot.runs import write_json
 
 # ---- a recipe that a paper's reader would write --------------------------------------------------
 

@@ -20,7 +20,8 @@ from minicot.recipes.tables import judge_all, markdown, pack, tables
 from minicot.records import Problem, Response, Samples, read_jsonl, samples_to_row
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures, teacher
-from minicot.training import resolve, write_jsonl
+from minicot.runs import write_jsonl
+from minicot.training import resolve
 from minicot.verifier import step_sums
 
 TOKENIZER = Tokenizer(resolve("toy"))

@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import train
-from minicot import training
+from minicot import runs
 from minicot.config import AlignConfig, LoopConfig, SampleConfig, TrainConfig, parse
 from minicot.model import ModelConfig, Transformer
-from minicot.training import load_checkpoint, lr_at, make_optimizer, save_checkpoint
+from minicot.runs import load_checkpoint, save_checkpoint
+from minicot.training import lr_at, make_optimizer
 from tests.helpers import assert_one_line_error, finished, script, start
 
 ROOT = Path(__file__).parent.parent
@@ -319,7 +320,7 @@ def test_overwrite_never_deletes_a_folder_that_only_has_the_name_of_the_old_run(
 
 @pytest.mark.parametrize("error", [SafetensorError("I/O error: No space left"), OSError(28, "No space left")])
 def test_a_full_disk_ends_in_one_line_and_keeps_the_older_checkpoint(base, tmp_path, monkeypatch, error):
-    whole, calls = training.save_file, []
+    whole, calls = runs.save_file, []
 
     def full(tensors, path, **options):
         calls.append(path)
@@ -328,7 +329,7 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_older_checkpoint(base, tmp_p
             raise error
         whole(tensors, path, **options)
 
-    monkeypatch.setattr(training, "save_file", full)
+    monkeypatch.setattr(runs, "save_file", full)
     done = run_train(base, "out", "--save-every", 2, cwd=tmp_path)
     assert_one_line_error(done, "checkpoint-4", "No space left", "what was there before is kept")
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
@@ -370,13 +371,13 @@ def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(base, tmp
 
 
 def test_a_signal_while_the_model_is_saved_waits_for_it(base, tmp_path, monkeypatch):
-    save = training.save_model
+    save = runs.save_model
 
     def saved_under_fire(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         save(*arguments)
 
-    monkeypatch.setattr(training, "save_model", saved_under_fire)
+    monkeypatch.setattr(runs, "save_model", saved_under_fire)
     done = run_train(base, "out", cwd=tmp_path)
     assert done.returncode == 143 and "the model is saved in out" in done.stdout, done.stderr
     assert load_file(tmp_path / "out" / "model.safetensors")

@@ -23,7 +23,7 @@ from minicot.metrics import paired_difference
 from minicot.recipes.experiment import Experiment
 from minicot.recipes.tables import claims, numbers
 from minicot.records import Response, read_samples, samples_to_row
-from minicot.training import write_jsonl
+from minicot.runs import write_jsonl
 
 SIZES = {
     "seeds": 3,

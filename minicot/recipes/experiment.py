@@ -41,7 +41,8 @@ import torch
 from minicot.errors import InputError
 from minicot.recipes.tables import judge_all, pack, per_problem, read_results, sides, tables, write_page
 from minicot.sets import TOYS, read_problems, refuse_shared
-from minicot.training import ROOT, resolve, weights_digest, write_json, write_jsonl
+from minicot.runs import write_json, write_jsonl
+from minicot.training import ROOT, resolve, weights_digest
 
 RESULTS = ROOT / "minicot" / "recipes" / "results"
 SWITCH = {"action": "store_true"}
@@ -321,7 +322,7 @@ class Experiment:
             torch.set_num_threads(1)
         with ThreadPoolExecutor(self.args.jobs) as pool:
             grid = self.choose(pool)
-            jobs = [(cell, s) for s in range(self.size.seeds) for cell in self.models if s < cell.seeds]
+            jobs = [(cell, s) for cell in self.models for s in range(self.size.seeds) if s < cell.seeds]
             cells = list(pool.map(lambda job: self.row(*job), jobs))
         more = extra(self) if extra else {}
         kept = {(model, part) for one in claims for model, metric in sides(one) for part in metric.split("+")}

@@ -28,7 +28,7 @@ from minicot.recipes.tables import claims
 from minicot.records import read_jsonl, read_samples, samples_to_row
 from minicot.sets import read_problems, style_of
 from minicot.toy import pictures, teacher
-from minicot.training import write_json, write_jsonl
+from minicot.runs import write_json, write_jsonl
 from minicot.verifier import curves, step_sums
 
 SIZES = {
