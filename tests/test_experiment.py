@@ -232,7 +232,9 @@ def test_a_part_of_the_models_needs_a_name_of_its_own(toy):
         E.check([])
 
 
-def test_studies_of_other_names_share_no_folder(toy):
+def test_studies_of_other_names_or_data_share_no_folder(toy):
+    names = [toy(argv=argv).name for argv in ([], ["--data", "gsm8k:x/y"], ["--data", "a/own.jsonl"])]
+    assert names == ["e", "e_gsm8k", "e_own"]
     one, two = (toy(argv=["--name", name]) for name in ("aft_2000", "aft_4000"))
     assert one.folder(one.model("m", "x"), 0) != two.folder(two.model("m", "x"), 0)
 
@@ -247,6 +249,8 @@ def test_claims_must_name_what_the_cells_give(toy):
     for claim in ("a|accuracy|theirs||up|no such model", "a|length|ours||up|no such metric"):
         with pytest.raises(InputError, match="claim a names (theirs/accuracy|ours/length), which no cell"):
             E.check(claims(claim))
+    elsewhere = toy(declare, argv=["--data", "toy-pictures"])  # not what the claims are about: a part is made
+    elsewhere.check(claims("a|accuracy|theirs||up|only on the recipe's own data"))
 
 
 def test_splits_must_be_there_and_share_nothing_before_the_first_cell(toy, tmp_path):
@@ -291,7 +295,9 @@ def results(seeds=3, problems=400):
 
 
 @pytest.mark.parametrize(
-    "values", [[0, 0, 1, 0], [1] * 9, [0] * 1000, [[0, 0], [3, 4], [10, 35]], [0.25, 1.5], []], ids=str
+    "values",
+    [[0, 0, 1, 0], [1] * 9, [0] * 1000, [[0, 0], [3, 4], [10, 35]], [[3, 36]], [0.25, 1.5], []],
+    ids=str,
 )
 def test_numbers_of_single_problems_come_back(values):
     assert unpack(json.loads(json.dumps(pack(values)))) == values

@@ -53,7 +53,7 @@ ARGUMENTS = {
     "--set": {"nargs": "+", "default": [], "metavar": "SIZE=VALUE", "help": "other sizes, see SIZES"},
     "--seeds": {"help": "how many"},
     "--only": {"nargs": "+", "metavar": "MODEL", "help": "a part of the models; with --name or --fast"},
-    "--name": {"help": "of run folder, results and page"},
+    "--name": {"help": "of run folder, results and page (default: the recipe's, with _SET on other data)"},
     "--fast": {**SWITCH, "help": "a small part of the work; its results stay in the run folder"},
     "--fresh": {**SWITCH, "help": "make every cell again"},
     "--jobs": {"type": int, "default": 2, "help": "cells at once (CPU: of one thread each)"},
@@ -94,7 +94,7 @@ class Experiment:
         """sizes: {name: value}, "seeds" among them; fast: what --fast changes on the built-in world, and
         `elsewhere` on other data."""
         self.title, self.sizes, self.fast, self.elsewhere = title, sizes, fast, elsewhere or fast
-        self.defaults, self.results = dict(name=name, data=data, init=init), Path(results)
+        self.defaults, self.results = {"name": name, "data": data, "init": init}, Path(results)
         self.models, self.reads, self.validations, self.chosen, self.made = [], {}, {}, {}, {}
         self.lock, self.start = threading.Lock(), time.perf_counter()
 
@@ -283,12 +283,15 @@ class Experiment:
     def parse(self, argv):
         parser = argparse.ArgumentParser(description=self.title, allow_abbrev=False)
         for flag, options in ARGUMENTS.items():
-            parser.add_argument(flag, **{"default": self.defaults.get(flag[2:]), **options})
+            default = {"--data": self.defaults["data"], "--init": self.defaults["init"]}.get(flag)
+            parser.add_argument(flag, **{"default": default, **options})
         self.args = args = parser.parse_args(argv)
         self.line = shlex.join(["python", "-m", f"minicot.recipes.{self.defaults['name']}", *argv])
-        if args.only and args.name == self.defaults["name"] and not args.fast:
+        own = args.data == self.defaults["data"]
+        name = self.defaults["name"] + ("" if own else f"_{Path(args.data.partition(':')[0]).stem}")
+        if args.only and args.name in (None, name) and not args.fast:
             raise InputError("--only is given; allowed: with --name or --fast, as a part is not the whole")
-        self.name, self.data, self.init, self.toy = (args.name, args.data, args.init, args.data in TOYS)
+        self.name, self.data, self.init, self.toy = args.name or name, args.data, args.init, args.data in TOYS
         self.train, self.validation, self.test = args.splits
         fast = {} if not args.fast else self.fast if self.toy else self.elsewhere
         sizes, given = {**self.sizes, **fast}, dict(pair.partition("=")[::2] for pair in args.set)
@@ -308,7 +311,8 @@ class Experiment:
         for i, j in itertools.combinations(range(3), 2):
             refuse_shared(parts[i], parts[j], f"--splits: {self.args.splits[j]} of {self.args.splits[i]}")
         names = [cell.name for cell in self.models]
-        for claim, (model, metric) in ((claim, side) for claim in claims for side in sides(claim)):
+        own = self.data == self.defaults["data"]  # the data that the claims are about; others may lack cells
+        for claim, (model, metric) in ((c, side) for c in claims if own for side in sides(c)):
             takes = [wanted for _, wanted in self.reads.get(model, [])]
             if None not in takes and not {*metric.split("+")} <= {name for one in takes for name in one}:
                 raise InputError(f"claim {claim['id']} names {model}/{metric}, which no cell of this gives")

@@ -41,9 +41,9 @@ def pack(values):
     below 36 as two characters each, anything else as it is."""
     if values and all(value in (0, 1) for value in values):
         return f"{int('1' + ''.join(str(int(value)) for value in values), 2):x}"
-    if values and all(isinstance(value, list) for value in values):
+    if values and all(isinstance(value, list) and max(value) < len(DIGITS) for value in values):
         return "pairs " + "".join(DIGITS[number] for pair in values for number in pair)
-    return [round(value, 4) for value in values]
+    return [value if isinstance(value, list) else round(value, 4) for value in values]
 
 
 def unpack(packed):
