@@ -221,6 +221,10 @@ def test_sizes_can_be_given(toy):
     assert toy(argv=["--fast"], sizes=sizes).size.seeds == 1
     with pytest.raises(InputError, match="--set has problem; allowed: seeds, problems"):
         toy(argv=["--set", "problem=4"], sizes=sizes)
+    for argv, what in ((["--set", "lrs=1e-4;3"], "lrs is '1e-4;3'"), (["--seeds", "two"], "seeds is 'two'"),
+                       (["--seeds", "0"], "seeds 0"), (["--jobs", "0"], "--jobs is 0")):  # fmt: skip
+        with pytest.raises(InputError, match=what):
+            toy(argv=argv, sizes=sizes)
 
 
 def test_a_part_of_the_models_needs_a_name_of_its_own(toy):
@@ -251,6 +255,17 @@ def test_claims_must_name_what_the_cells_give(toy):
             E.check(claims(claim))
     elsewhere = toy(declare, argv=["--data", "toy-pictures"])  # not what the claims are about: a part is made
     elsewhere.check(claims("a|accuracy|theirs||up|only on the recipe's own data"))
+
+
+def test_what_a_recipes_author_gets_wrong_is_found_before_the_first_cell(toy):
+    E = toy()
+    E.model("m", "train.py")
+    with pytest.raises(AssertionError, match="two models are called m"):
+        E.model("m", "train.py", lr=1)
+    with pytest.raises(AssertionError, match="claim a: sideways"):
+        claims("a|accuracy|ours|theirs|sideways|no such rule")
+    with pytest.raises(ValueError):
+        claims("a|accuracy|ours|theirs|up")
 
 
 def test_splits_must_be_there_and_share_nothing_before_the_first_cell(toy, tmp_path):
@@ -344,6 +359,9 @@ def test_a_page_is_made_again_around_what_was_written_by_hand(tmp_path):
 def test_results_of_another_world_or_without_a_seed_are_refused(tmp_path):
     file = tmp_path / "e.json"
     with pytest.raises(InputError, match="e.json: no such results"):
+        read_results(file, None)
+    file.write_text("{")
+    with pytest.raises(InputError, match="e.json:1: not JSON"):
         read_results(file, None)
     write_json(file, results())
     assert read_results(file, None)["claims"]

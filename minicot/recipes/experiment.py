@@ -103,6 +103,7 @@ class Experiment:
     def model(self, name, script, *switches, grid=None, at=(), seeds=10**6, table=None, **flags):
         """A model that train.py or align.py makes: a row of the tables. A name "aft@twin" shares its folders
         with "aft" where their settings agree."""
+        assert name not in [cell.name for cell in self.models], f"two models are called {name}"
         self.models.append(
             Cell(name, (script, *switches), "model", flags, None, grid or {}, at, seeds, table)
         )
@@ -279,6 +280,8 @@ class Experiment:
             print("\n".join([*lines, f"{file}, {write_page(file, self.title, results, lines)}"]))
         except (InputError, OSError) as error:
             raise SystemExit(f"error: {' '.join(str(error).split())}") from None
+        except KeyboardInterrupt:
+            raise SystemExit("interrupted; cells that are done stay done") from None
 
     def parse(self, argv):
         parser = argparse.ArgumentParser(description=self.title, allow_abbrev=False)
@@ -298,9 +301,15 @@ class Experiment:
         given |= {"seeds": args.seeds} if args.seeds else {}
         if unknown := given.keys() - sizes.keys():
             raise InputError(f"--set has {', '.join(sorted(unknown))}; allowed: {', '.join(sizes)}")
-        kinds = {size: (lambda v: tuple(map(float, v.split(",")))) if isinstance(sizes[size], tuple)
-                 else type(sizes[size]) for size in given}  # fmt: skip
-        self.size = SimpleNamespace(**sizes | {size: kinds[size](value) for size, value in given.items()})
+        for size, words in given.items():
+            kind = type(sizes[size])
+            try:
+                sizes[size] = tuple(map(float, words.split(","))) if kind is tuple else kind(words)
+            except ValueError:
+                raise InputError(f"--set {size} is {words!r}; allowed: such as {sizes[size]!r}") from None
+        if min(args.jobs, sizes["seeds"]) < 1:
+            raise InputError(f"--jobs is {args.jobs}, seeds {sizes['seeds']}; allowed: 1 or more")
+        self.size = SimpleNamespace(**sizes)
         self.root = Path("runs/recipes") / (self.name + ("-fast" if args.fast else ""))
         self.results = self.root / "results" if args.fast else self.results
 

@@ -4,10 +4,11 @@ Results: {command, commit, commits, device, minutes, cell_minutes, world, sizes,
 [{name, seed, settings, metrics: {name: number}, lists: {name: packed numbers of single problems}, table}]}.
 """
 
-import json
+import re
 
 from minicot.errors import InputError
 from minicot.metrics import judge, paired_difference, ratio_values
+from minicot.weights import read_json
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 INTERVAL = "{:+.1%} [{:+.1%}, {:+.1%}]"
@@ -24,7 +25,10 @@ def claims(table, fields=("id", "metric", "ours", "other", "rule", "text")):
     difference ours - other), "level" (it does not lie below minus 2 points), "below X" (the difference, or
     without an other ours alone, lies below X)."""
     lines = [[word.strip() for word in line.split("|")] for line in table.strip().splitlines()]
-    return [dict(zip(fields, words, strict=True)) for words in lines]
+    found = [dict(zip(fields, words, strict=True)) for words in lines]
+    for one in found:
+        assert re.fullmatch(r"up|down|level|below [-.\d]+", one["rule"]), f"claim {one['id']}: {one['rule']}"
+    return found
 
 
 def sides(claim):
@@ -139,7 +143,7 @@ def read_results(file, world):
     """A results file, if it is whole and of this world (a hash; None: not of a built-in one)."""
     if not file.is_file():
         raise InputError(f"{file}: no such results; allowed: the recipe without --table makes them")
-    results = json.loads(file.read_text())
+    results = read_json(file)
     if results["world"] != world:
         raise InputError(f"{file}: is of the world {results['world']}, this is {world}; run the recipe again")
     seeds = {}
