@@ -14,6 +14,7 @@ import sys
 import threading
 import types
 import typing
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -284,10 +285,16 @@ def check(condition, name, value, allowed):
 
 
 def run(main, config_class, argv=None, **choices):
-    """Run a script. Bad input (InputError, OSError) ends in one line and exit code 2; SIGTERM and SIGINT end
-    in one line and exit code 128 + signal (in a training loop: see runs.Run). Any other exception is a
-    bug of ours and keeps its traceback."""
+    """Run a script, see `one_line_ends`."""
+    with one_line_ends():
+        main(parse(config_class, argv, **choices))
 
+
+@contextmanager
+def one_line_ends():
+    """Within the block bad input (InputError, OSError) ends in one line and exit code 2; SIGTERM and SIGINT
+    end in one line and exit code 128 + signal (in a training loop: see runs.Run). Any other exception is a
+    bug of ours and keeps its traceback."""
     handlers = {}
 
     def interrupt(number, _frame):
@@ -300,7 +307,7 @@ def run(main, config_class, argv=None, **choices):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 handlers[number] = signal.signal(number, interrupt)
     try:
-        main(parse(config_class, argv, **choices))
+        yield
     except (InputError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)

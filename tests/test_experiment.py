@@ -2,18 +2,26 @@
 interval, the table and the page are made of the results alone."""
 
 import json
+import os
 import random
 import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 
 from minicot.errors import InputError
 from minicot.recipes import aft, llava_reasoner
-from minicot.recipes import experiment as engine
+from minicot.recipes import work
 from minicot.recipes.experiment import RESULTS, Experiment, Next
 from minicot.recipes.tables import BY_HAND, claims, judge_all, numbers, pack, read_results, tables, unpack
 from minicot.recipes.tables import write_page
 from minicot.runs import write_json
+from tests.test_layout import ROOT
 
 # ---- a recipe that a paper's reader would write --------------------------------------------------
 
@@ -81,7 +89,7 @@ def toy(tmp_path, monkeypatch):
         E = Experiment("e", "E", {"seeds": 2, **(sizes or {})}, dict(seeds=1), results="results", **options)
         E.ran = []
 
-        def command(line, words, log):
+        def command(words, log):
             E.ran.append(words)
             out = words[words.index("--out") + 1]
             value = len(words) if "--lr" not in words else float(words[words.index("--lr") + 1])
@@ -125,7 +133,7 @@ def test_the_base_model_counts_among_a_cells_inputs(toy, monkeypatch):
         return E.ran
 
     assert cell() and not cell()
-    monkeypatch.setattr(engine, "weights_digest", lambda folder: "another base" * 2)
+    monkeypatch.setattr(work, "weights_digest", lambda folder: "another base" * 2)
     assert cell()
 
 
@@ -151,7 +159,7 @@ def test_every_method_gets_the_whole_grid_at_the_first_seed_and_the_best_is_chos
         E.read("test", split="test", take={"accuracy": "correct"})
 
     E = toy(declare)
-    E.command = lambda line, words, log: E.ran.append(words) or write_json(
+    E.command = lambda words, log: E.ran.append(words) or write_json(
         words[words.index("--out") + 1],
         {"metrics": {"accuracy": {"0.0001": 0.2, "0.0003": 0.7, "0.001": 0.7}.get(rate_of(words), 0)},
          "correct": [1, 0, 1]},
@@ -194,7 +202,7 @@ def test_functions_make_files_and_are_run_again_when_their_code_changes(toy, tmp
     assert E.path(E.made_file, 1).read_text() == "anew\n"
 
 
-def test_a_cell_that_fails_ends_in_one_line_and_what_is_done_stays_done(tmp_path, monkeypatch):
+def test_a_cell_that_fails_ends_in_one_line_and_what_is_done_stays_done(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def declare(E):
@@ -203,12 +211,85 @@ def test_a_cell_that_fails_ends_in_one_line_and_what_is_done_stays_done(tmp_path
         E.read("test", split=E.test, limit=2, max_new_tokens=2, take={"accuracy": "correct"})
 
     E = Experiment("f", "F", dict(seeds=1), {}, results="results")
-    with pytest.raises(SystemExit, match="error: python align.py .*exit code 2.*nowhere.jsonl") as error:
+    with pytest.raises(SystemExit) as stop:
         E.main(declare, [], {"model": {}}, argv=["--jobs", "1"])
-    assert "\n" not in str(error.value)
+    [line] = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and re.fullmatch(
+        "error: python align.py .*exit code 2.*nowhere.jsonl.*", line
+    )
     assert (tmp_path / "runs" / "recipes" / "f" / "vft-s0" / "cell.json").is_file()
     assert not (tmp_path / "runs" / "recipes" / "f" / "broken-s0" / "cell.json").exists()
     assert not (tmp_path / "results").exists()
+
+
+def test_after_a_failure_no_cell_begins_and_those_at_work_are_finished(toy):
+    def declare(E):
+        for name in ("slow", "broken", *"abcdef"):
+            E.model(name, "train.py")
+        E.read("test", take={"accuracy": "correct"})
+
+    def command(words, log):
+        name = Path(words[words.index("--out") + 1]).parts[3]
+        began.append(name)
+        if name == "broken-s0":
+            raise InputError("exit code 2")
+        if name == "slow-s0":
+            failed.wait(10)
+        plain(words, log)
+
+    E, failed, began = toy(argv=["--seeds", "1"]), threading.Event(), []
+    plain, E.command, end = E.command, command, E.end
+    E.end = lambda error: (end(error), failed.set())
+    declare(E)
+    with pytest.raises(InputError, match="^python train.py .*/broken-s0/.*: exit code 2"):
+        E.run([], {"model": {}}, None)
+    assert sorted(began) == ["broken-s0", "slow-s0"]
+    assert (E.root / "slow-s0" / "cell.json").is_file()  # its work is not lost
+
+
+def test_a_function_that_fails_is_named(toy):
+    def choose(out, samples, *, seed):
+        raise InputError("no right x wrong pair")
+
+    E = toy()
+    with pytest.raises(InputError, match=r"^choose\(runs/.*\): no right x wrong pair"):
+        E.path(E.file("pairs", choose, E.samples("drawn", E.model("m", "train.py"))), 0)
+
+
+def test_two_cells_cannot_make_the_same_file(toy):
+    E = toy()
+    model = E.model("m", "train.py")
+    one, two, three = (E.samples("drawn", model, split=split) for split in ("train", "train", "test"))
+    assert E.path(one, 0) == E.path(two, 0) and len(E.ran) == 2
+    with pytest.raises(AssertionError, match="two cells make runs/recipes/e/m-s0/drawn"):
+        E.path(three, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_scripts_too_and_what_was_cut_off_is_not_done(tmp_path, number):
+    code = MADE_UP.replace("steps=2, eval_split", "steps=10000, eval_split")
+    (tmp_path / "paper.py").write_text(code + "\nE.main(declare, CLAIMS, COLUMNS)\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    recipe = subprocess.Popen(
+        [sys.executable, "paper.py"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    folder = tmp_path / "runs" / "recipes" / "made_up" / "vft-s0"
+    log, deadline = folder / "model" / "metrics.jsonl", time.time() + 120
+    while not (log.is_file() and log.stat().st_size):
+        assert recipe.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    child = json.loads((folder / "model" / "lock.json").read_text())["pid"]
+    recipe.send_signal(number)
+    _, error = recipe.communicate(timeout=60)
+    assert (recipe.returncode, error) == (128 + number, f"ended by {number.name}\n")
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+    assert not (folder / "cell.json").exists()
+
+
+def test_a_commit_is_no_reason_to_fail(monkeypatch):
+    monkeypatch.setattr(work.shutil, "which", lambda name: None)
+    assert work.commit() == "unknown"
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -225,6 +306,20 @@ def test_sizes_can_be_given(toy):
                        (["--seeds", "0"], "seeds 0"), (["--jobs", "0"], "--jobs is 0")):  # fmt: skip
         with pytest.raises(InputError, match=what):
             toy(argv=argv, sizes=sizes)
+
+
+@pytest.mark.parametrize(
+    "argv, what",
+    [
+        (["--name", "../x"], "--name is '../x'"),
+        (["--name", ""], "--name is ''"),
+        (["--train-flags", "--lr '2"], '--train-flags is "--lr \'2": No closing quotation'),
+    ],
+    ids=lambda one: one[0],
+)
+def test_bad_words_are_named_before_the_first_cell(toy, argv, what):
+    with pytest.raises(InputError, match=re.escape(what)):
+        toy(argv=argv)
 
 
 def test_a_part_of_the_models_needs_a_name_of_its_own(toy):
@@ -327,6 +422,26 @@ def test_claims_are_judged_by_their_interval():
     assert "up" not in {c["id"] for c in judge_all({"cells": []}, CLAIMS)}  # its cells did not run
 
 
+def test_a_claim_about_other_problems_is_named():
+    cells = [
+        {"name": name, "seed": 0, "lists": {"accuracy": pack([1] * n)}} for name, n in (("a", 3), ("b", 4))
+    ]
+    with pytest.raises(InputError, match="claim x compares numbers of 1 x 3 and 1 x 4 seeds x problems"):
+        judge_all({"cells": cells}, claims("x|accuracy|a|b|up|it grows"))
+
+
+def test_a_metric_of_nothing_is_left_out(toy):
+    """Samples without a pair of a better and a worse response, or without a solution."""
+    values = {"a_held": [[0, 0], [0, 0]], "nll": [], "majority": None, "accuracy": [1, 0]}
+    E = toy(lambda E: (E.model("m", "train.py"), E.read("test")))
+    E.command = lambda words, log: write_json(words[words.index("--out") + 1], values)
+    row = E.row(E.models[0], 0)
+    assert row["metrics"] == {"accuracy": 0.5} and row["lists"] == {"accuracy": [1, 0]}
+    assert tables({"cells": [row], "grid": [], "claims": [], "extra": {}}, {"m": {"A": "{a_held:.1%}"}})[
+        2
+    ] == ("| m |  |")
+
+
 def test_a_mean_of_two_metrics_is_taken_problem_by_problem():
     cells = [{"name": "m", "seed": 0, "metrics": {}, "lists": {"a": pack([1, 0]), "b": pack([1, 1])}}]
     assert numbers({"cells": cells}, "m", "a+b") == [[1.0, 0.5]]
@@ -356,6 +471,23 @@ def test_a_page_is_made_again_around_what_was_written_by_hand(tmp_path):
     assert page.read_text() == "no mark"
 
 
+def with_list(packed):
+    found = results()
+    found["cells"][0]["lists"]["accuracy"] = packed
+    return found
+
+
+def test_a_page_shows_its_own_figures(tmp_path):
+    for name in ("aft_b.svg", "aft_4000_a.svg", "aft_4000.json"):
+        (tmp_path / name).touch()
+    text = {
+        name: write_page(tmp_path / f"{name}.json", "T", results(), []).read_text()
+        for name in ("aft", "aft_4000")
+    }
+    figures = {name: re.findall(r"\((\w+).svg\)", page) for name, page in text.items()}
+    assert figures == {"aft": ["aft_b"], "aft_4000": ["aft_4000_a"]}
+
+
 def test_results_of_another_world_or_without_a_seed_are_refused(tmp_path):
     file = tmp_path / "e.json"
     with pytest.raises(InputError, match="e.json: no such results"):
@@ -367,10 +499,20 @@ def test_results_of_another_world_or_without_a_seed_are_refused(tmp_path):
     assert read_results(file, None)["claims"]
     with pytest.raises(InputError, match="e.json: is of the world None, this is abc"):
         read_results(file, "abc")
+    for broken, what in (
+        (results() | {"cells": 3}, "'int' object is not iterable"),
+        ({k: v for k, v in results().items() if k != "grid"}, "has no 'grid'"),
+        (results() | {"cells": [{"name": "m"}]}, "has no 'seed'"),
+        (with_list(pack([1, 0])), "base/accuracy is of [2, 400] problems"),
+        (with_list("xyz"), "invalid literal"),
+    ):
+        write_json(file, broken)
+        with pytest.raises(InputError, match=f"^{file}: .*{re.escape(what)}.*run the recipe again$"):
+            read_results(file, None)
     partial = results()
     partial["cells"] = [c for c in partial["cells"] if (c["name"], c["seed"]) != ("same", 1)]
     write_json(file, partial)
-    with pytest.raises(InputError, match=r"e.json: model same has the seeds \[0, 2\]"):
+    with pytest.raises(InputError, match=r"e.json: cell same has the seeds \[0, 2\]"):
         read_results(file, None)
     with pytest.raises(InputError, match=r"cell same has the seeds \[0, 2\]"):
         numbers(partial, "same", "accuracy")

@@ -42,7 +42,8 @@ BUDGETS = {
     "losses.py": 260,
     "model.py": 260,
     "recipes/experiment.py": 260,
-    "recipes/tables.py": 110,
+    "recipes/tables.py": 125,
+    "recipes/work.py": 70,
     **{f"recipes/{name}.py": 110 for name in ("aft", "llava_reasoner", "llava_diagnose")},
 }
 
@@ -94,7 +95,7 @@ def test_package_never_imports_a_script_or_a_peer():
 
 def test_a_recipe_is_a_declaration():
     """Arguments, threads, processes, packing and Markdown are the engine's."""
-    engine = {"__init__.py", "experiment.py", "tables.py"}
+    engine = {"__init__.py", "experiment.py", "tables.py", "work.py"}
     recipes = [path for path in sources(PACKAGE / "recipes") if path.name not in engine]
     assert {path.stem for path in recipes} <= {Path(name).stem for name in BUDGETS}
     for path in recipes:

@@ -7,6 +7,7 @@ L = -log sigmoid( beta [ (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi
 verifier:    r(y) = log pi(y) - log pi_ref(y)
 """
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import pytest
 
 from minicot.answers import extract_answer, is_correct
 from minicot.data import make_groups, truncate_words
+from minicot.errors import InputError
 from minicot.recipes import llava_diagnose as diagnose
 from minicot.recipes import llava_reasoner as recipe
 from minicot.recipes.tables import judge_all, markdown, pack, tables
@@ -75,6 +77,29 @@ def test_data_that_is_not_the_built_in_world_brings_its_own_chains(tmp_path):
     own = SimpleNamespace(data=str(tmp_path / "own.jsonl"), train="train", toy=False)
     kept, counts = recipe.teach(SimpleNamespace(**vars(own), size=SimpleNamespace(taught=3)))
     assert [problem.solution for problem in kept] == ["#### 2"] and counts == {"own": [1, 2]}
+
+
+def test_a_solution_that_spells_out_the_right_choice_is_taught(tmp_path):
+    """As TabMWP's solutions do, whose gold answers are letters."""
+    row = {"question": "Linear?", "choices": ["yes", "no"], "answer": "B"}
+    write_jsonl(
+        tmp_path / "own.jsonl", [{**row, "solution": f"So it is.\n#### {word}"} for word in ("no", "yes")]
+    )
+    own = SimpleNamespace(data=str(tmp_path / "own.jsonl"), train="train", toy=False)
+    E = SimpleNamespace(**vars(own), size=SimpleNamespace(taught=2))
+    assert [problem.solution for problem in recipe.teach(E)[0]] == ["So it is.\n#### no"]
+    E.size.taught, E.data = 0, str(tmp_path / "none.jsonl")
+    write_jsonl(tmp_path / "none.jsonl", [{**row, "solution": "#### yes"}])
+    with pytest.raises(InputError, match="--data is .*none.jsonl'; allowed: problems with a solution"):
+        recipe.teach(E)
+
+
+def test_a_problem_whose_picture_cannot_be_read_is_in_no_curve(tmp_path):
+    right = {"text": "#### 1", "answer": "1", "correct": True, "scores": {"dpo": 1.0, "dpo-cut": 1.0}}
+    rows = [{"id": "a", "answer": "1", "responses": []}, {"id": "b", "answer": "1", "responses": [right] * 2}]
+    write_jsonl(tmp_path / "scored.jsonl", [{"question": "?", **row} for row in rows])
+    recipe.all_curves(tmp_path / "curves.json", tmp_path / "scored.jsonl", seed=0)
+    assert json.loads((tmp_path / "curves.json").read_text())["vote@2"] == [1.0]
 
 
 def results():

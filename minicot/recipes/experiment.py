@@ -19,17 +19,13 @@ problems is made at every seed and meets the test problems once. Claims are writ
 """
 
 import argparse
-import functools
 import hashlib
 import inspect
 import itertools
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -38,11 +34,13 @@ from types import SimpleNamespace
 
 import torch
 
+from minicot.config import one_line_ends
 from minicot.errors import InputError
-from minicot.recipes.tables import judge_all, pack, per_problem, read_results, sides, tables, write_page
+from minicot.recipes.tables import judge_all, mean_of, pack, read_results, sides, tables, write_page
+from minicot.recipes.work import Worker, digest, take
 from minicot.sets import TOYS, read_problems, refuse_shared
 from minicot.runs import write_json, write_jsonl
-from minicot.training import ROOT, resolve, weights_digest
+from minicot.training import ROOT
 
 RESULTS = ROOT / "minicot" / "recipes" / "results"
 SWITCH = {"action": "store_true"}
@@ -86,17 +84,18 @@ class Next:
     cell: Cell
 
 
-class Experiment:
+class Experiment(Worker):
     """One paper's experiment. E.size.<name> are its sizes; E.data, E.init, E.train, E.validation, E.test the
     data, base model and splits that the command line may change; E.toy: is it a built-in world?"""
 
     def __init__(self, name, title, sizes, fast, *, elsewhere=None, data="toy", init="toy", results=RESULTS):
         """sizes: {name: value}, "seeds" among them; fast: what --fast changes on the built-in world, and
         `elsewhere` on other data."""
+        super().__init__()
         self.title, self.sizes, self.fast, self.elsewhere = title, sizes, fast, elsewhere or fast
         self.defaults, self.results = {"name": name, "data": data, "init": init}, Path(results)
         self.models, self.reads, self.validations, self.chosen, self.made = [], {}, {}, {}, {}
-        self.lock, self.start = threading.Lock(), time.perf_counter()
+        self.start = time.perf_counter()
 
     # -- declaring
 
@@ -173,11 +172,14 @@ class Experiment:
         folder = self.folder(cell, seed, setting)
         with self.lock:
             mine = folder not in self.made
-            future = self.made.setdefault(folder, Future())
+            maker, future = self.made.setdefault(folder, (cell, Future()))
+        told = lambda one: [one.work, {k: v for k, v in one.flags.items() if not isinstance(v, (Cell, Next))}]
+        assert told(maker) == told(cell), f"two cells make {folder}: {told(maker)}, {told(cell)}"
         if mine:
             try:
                 future.set_result(self.make(cell, seed, setting, folder))
             except BaseException as error:
+                self.end(error)
                 future.set_exception(error)
         return future.result()
 
@@ -195,32 +197,14 @@ class Experiment:
             flags |= {"dtype": self.args.dtype} if self.args.dtype != "float32" else {}
             flags = {flag: get(value) for flag, value in flags.items() if value is not None}
             words = [(f"--{flag.replace('_', '-')}", str(value)) for flag, value in flags.items()]
-            more = shlex.split(self.args.train_flags) if script == "train.py" else []
+            more = self.train_flags if script == "train.py" else []
             words = [script, "--overwrite", *rest, *itertools.chain(*words), *more]
             line, inputs = shlex.join(["python", *words]), {}
             needs = [flags[flag] for flag in INPUTS if flag in flags]
-            work = lambda log: self.command(line, words, log)
+            work = lambda log: self.command(words, log)
         inputs |= {str(need): found for need in needs if (found := digest(need))}
-        mark, start = folder / "cell.json", time.perf_counter()
-        done = json.loads(mark.read_text()) if mark.is_file() and not self.args.fresh else {}
-        if (done.get("command"), done.get("inputs")) != (line, inputs):
-            folder.mkdir(parents=True, exist_ok=True)
-            mark.unlink(missing_ok=True)
-            print(line, flush=True)
-            work(folder / "log.txt")
-            minutes = round((time.perf_counter() - start) / 60, 2)
-            write_json(mark, {"command": line, "inputs": inputs, "commit": commit(), "minutes": minutes})
+        self.once(folder, line, inputs, work, fresh=self.args.fresh)
         return out
-
-    def command(self, line, words, log):
-        """Run a script, its output going to a file; one that fails ends the recipe with its own last line."""
-        environment = os.environ | ({"OMP_NUM_THREADS": "1"} if self.args.jobs > 1 else {})
-        with open(log, "a") as file:
-            python = [sys.executable, str(ROOT / words[0]), *words[1:]]
-            code = subprocess.run(python, stdout=file, stderr=file, env=environment, check=False).returncode
-        if code:
-            last = log.read_text().strip().splitlines()[-1:]
-            raise InputError(f"{line}: exit code {code}; {log} ends with {last}")
 
     def output(self, model, name, seed=0):
         """What a model's reading of this name wrote, as JSON."""
@@ -251,8 +235,9 @@ class Experiment:
         for reading, wanted in self.reads.get(cell.name, []):
             for name, value in take(self.path(reading, seed), wanted).items():
                 if isinstance(value, list):
-                    lists[name], value = value, sum(per_problem(value)) / len(value)
-                metrics[name] = round(value, 5)
+                    lists[name], value = value, mean_of(value)
+                metrics |= {} if value is None else {name: round(value, 5)}
+        lists = {name: values for name, values in lists.items() if name in metrics}
         row = {"name": cell.name, "seed": seed, "settings": self.setting(cell), "metrics": metrics}
         return row | {"lists": lists} | ({"table": cell.table} if cell.table else {})
 
@@ -264,7 +249,7 @@ class Experiment:
         columns, pivots: see tables.tables. extra(self) -> more of the results, {name: JSON}, "notes" among
         them: lines of text below the tables. draw(results, stem) makes the figures <stem>_*.svg, of the
         results alone. argv: None is the command line's."""
-        try:
+        with one_line_ends():
             self.parse(sys.argv[1:] if argv is None else argv)
             file = self.results / f"{self.name}.json"
             if not self.args.table:
@@ -278,23 +263,27 @@ class Experiment:
                 draw(results, file.with_suffix(""))
             lines = tables(results, columns, pivots)
             print("\n".join([*lines, f"{file}, {write_page(file, self.title, results, lines)}"]))
-        except (InputError, OSError) as error:
-            raise SystemExit(f"error: {' '.join(str(error).split())}") from None
-        except KeyboardInterrupt:
-            raise SystemExit("interrupted; cells that are done stay done") from None
 
     def parse(self, argv):
         parser = argparse.ArgumentParser(description=self.title, allow_abbrev=False)
         for flag, options in ARGUMENTS.items():
             default = {"--data": self.defaults["data"], "--init": self.defaults["init"]}.get(flag)
             parser.add_argument(flag, **{"default": default, **options})
+        parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
         self.args = args = parser.parse_args(argv)
         self.line = shlex.join(["python", "-m", f"minicot.recipes.{self.defaults['name']}", *argv])
         own = args.data == self.defaults["data"]
         name = self.defaults["name"] + ("" if own else f"_{Path(args.data.partition(':')[0]).stem}")
         if args.only and args.name in (None, name) and not args.fast:
             raise InputError("--only is given; allowed: with --name or --fast, as a part is not the whole")
-        self.name, self.data, self.init, self.toy = args.name or name, args.data, args.init, args.data in TOYS
+        self.name = name if args.name is None else args.name
+        self.data, self.init, self.toy = args.data, args.init, args.data in TOYS
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise InputError(f"--name is {self.name!r}; allowed: letters, digits, _ . -")
+        try:
+            self.train_flags = shlex.split(args.train_flags)
+        except ValueError as error:
+            raise InputError(f"--train-flags is {args.train_flags!r}: {error}") from None
         self.train, self.validation, self.test = args.splits
         fast = {} if not args.fast else self.fast if self.toy else self.elsewhere
         sizes, given = {**self.sizes, **fast}, dict(pair.partition("=")[::2] for pair in args.set)
@@ -310,6 +299,7 @@ class Experiment:
         if min(args.jobs, sizes["seeds"]) < 1:
             raise InputError(f"--jobs is {args.jobs}, seeds {sizes['seeds']}; allowed: 1 or more")
         self.size = SimpleNamespace(**sizes)
+        self.one_thread = args.jobs > 1
         self.root = Path("runs/recipes") / (self.name + ("-fast" if args.fast else ""))
         self.results = self.root / "results" if args.fast else self.results
 
@@ -334,10 +324,14 @@ class Experiment:
         if self.args.device == "cpu":
             torch.set_num_threads(1)
         with ThreadPoolExecutor(self.args.jobs) as pool:
-            grid = self.choose(pool)
-            jobs = [(cell, s) for cell in self.models for s in range(self.size.seeds) if s < cell.seeds]
-            cells = list(pool.map(lambda job: self.row(*job), jobs))
-        more = extra(self) if extra else {}
+            try:
+                grid = self.choose(pool)
+                jobs = [(cell, s) for cell in self.models for s in range(self.size.seeds) if s < cell.seeds]
+                cells = list(pool.map(lambda job: self.row(*job), jobs))
+                more = extra(self) if extra else {}
+            except BaseException as error:
+                self.end(error)
+                raise
         kept = {(model, part) for one in claims for model, metric in sides(one) for part in metric.split("+")}
         shown = {one[0] for heads in columns.values() for one in heads.values() if isinstance(one, tuple)}
         for cell in cells:  # the numbers of single problems that a claim or a difference needs
@@ -368,30 +362,3 @@ class Experiment:
 
 DRAW = {"batch_size": 256}  # sequences decoded together
 INPUTS = ("init", "model", "ref", "verifier", "samples", "data", "vision")
-
-
-def digest(path):
-    """16 hex digits of a model folder, a data set's folder or a file; None where there is none of these."""
-    path = resolve(str(path).rpartition(":")[2])
-    if (path / "config.json").is_file():
-        return weights_digest(path)[:16]
-    hashes = b""
-    for file in filter(Path.is_file, sorted(path.iterdir()) if path.is_dir() else [path]):
-        with open(file, "rb") as stream:
-            hashes += hashlib.file_digest(stream, "sha256").digest()
-    return hashlib.sha256(hashes).hexdigest()[:16] if hashes else None
-
-
-def commit():
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def take(path, wanted):
-    """{metric: "a.b"} -> {metric: the number or list that stands there in a JSON file}; None: all of it."""
-    found = json.loads(Path(path).read_text())
-    at = lambda key: functools.reduce(lambda part, name: part[name], key.split("."), found)
-    try:
-        return found if wanted is None else {name: at(key) for name, key in wanted.items()}
-    except KeyError as error:
-        raise InputError(f"{path}: has no {error}, which one of {', '.join(wanted.values())} names") from None

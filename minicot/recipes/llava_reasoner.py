@@ -20,8 +20,9 @@ import random
 from dataclasses import replace
 
 from minicot import plots
-from minicot.answers import extract_answer, is_correct, split_steps
-from minicot.data import pairs, render, target
+from minicot.answers import split_steps
+from minicot.config import check
+from minicot.data import grade, pairs, render, target
 from minicot.metrics import mean_interval, paired_difference
 from minicot.recipes.experiment import Experiment, Next
 from minicot.recipes.tables import claims
@@ -48,8 +49,8 @@ SIZES = {
     "lrs": (3e-6, 1e-5, 3e-5, 1e-4),
 }
 FAST = dict(seeds=1, taught=2000, steps=60, sampled=100, k=8, validation=100, test=200, pool=50, lrs=(1e-5,))
-MIXES, METHODS = ("format", "direct", "cot", "both"), ("dpo-off-policy", "dpo-uncut", "dpo", "rft")
-MODES = ("direct", "cot")
+MIXES, MODES = ("format", "direct", "cot", "both"), ("direct", "cot")
+METHODS = ("dpo-off-policy", "dpo-uncut", "dpo", "rft")
 
 # Metrics: direct, cot: the prompt, read out greedily; sampled: the CoT prompt at T = 1; <way>@<n>: a way of
 # choosing among n samples. Written down before the run; d4 to d6 and f2 after a look at the first seed on
@@ -115,9 +116,10 @@ def teach(E):
         told = {"solution": problem.solution, "kind": "own"}
         if E.toy:
             told = teacher.teach(vars(problem), random.Random(f"teacher {problem.id}"), E.size.error_rate)
-        right = is_correct(extract_answer(told["solution"] or "", style_of(E.data)), problem.answer)
-        taught += [replace(problem, solution=told["solution"])] * right
+        _, right = grade(problem, told["solution"] or "", mode="cot", style=style_of(E.data))
+        taught += [replace(problem, solution=told["solution"])] if right else []
         counts.setdefault(told["kind"], [0, 0])[0 if right else 1] += 1
+    check(taught, "--data", E.data, "problems with a solution that ends in the gold answer")
     return taught, counts
 
 
@@ -135,29 +137,27 @@ def mix_rows(name, taught, few):
 
 def as_many_pairs(out, own, other, which, *, seed):
     """At most 3 right x wrong pairs a question of "own" or "other" samples, as many as both sides have."""
-    files = {"own": own, "other": other}
     found = {
         name: pairs(read_samples(file), max_pairs=3, window=(0.25, 0.85), seed=seed)
-        for name, file in files.items()
+        for name, file in (("own", own), ("other", other))
     }
     chosen = random.Random(f"{which} {seed}").sample(found[which], min(map(len, found.values())))
-    numbered = [
-        replace(two, problem=replace(two.problem, id=f"{two.problem.id}/{i}")) for i, two in enumerate(chosen)
-    ]
-    write_jsonl(out, map(samples_to_row, numbered))
+    of_pair = lambda two, i: replace(two, problem=replace(two.problem, id=f"{two.problem.id}/{i}"))
+    write_jsonl(out, (samples_to_row(of_pair(two, i)) for i, two in enumerate(chosen)))
 
 
 # ---- the verifier --------------------------------------------------------------------------------
 
 
 def all_curves(out, scored, *, seed):
-    """{"<way>@<n>": right or not of each problem}; "cut" are the ways by the log-ratio of the first words."""
-    samples, found = read_samples(scored), {}
+    """{"<way>@<n>": right or not of each problem that has responses}; "cut" are the ways by the log-ratio of
+    the first words."""
+    samples, found = [one for one in read_samples(scored) if one.responses], {}
     sizes = [2**i for i in range(6) if 2**i <= len(samples[0].responses)]
     whole, cut = (curves(samples, name, sizes=sizes) for name in ("dpo", "dpo-cut"))
     for n in sizes:
-        ways = {**whole[n], **{f"cut {way}": cut[n][way] for way in ("best", "vote")}}
-        found |= {f"{way}@{n}": shares for way, shares in ways.items()}
+        found |= {f"{way}@{n}": shares for way, shares in whole[n].items()}
+        found |= {f"cut {way}@{n}": cut[n][way] for way in ("best", "vote")}
     write_json(out, found)
 
 
@@ -169,13 +169,11 @@ def wrong_chains(out, scored, *, seed):
     for samples in read_samples(scored):
         label = lambda one: pictures.label_steps(samples.problem.id, split_steps(one.text))
         wrong = ((one, label(one)) for one in samples.responses if not one.correct)
-        for one, labels in (
-            (one, labels) for one, labels in wrong if labels[:1] == [True] and False in labels
-        ):
-            sums = step_sums(one.tokens, one.token_scores["dpo"])[: len(labels)]
+        for one, labels in (pair for pair in wrong if pair[1][:1] == [True] and False in pair[1]):
             place, chain = labels.index(False), {"tokens": one.tokens, "ratios": one.token_scores["dpo"]}
-            blamed = {"hit": float(sums.index(min(sums)) == place), "chance": 1 / len(labels)}
-            chains.append({**chain, "wrong": place, **blamed})
+            sums = step_sums(*chain.values())[: len(labels)]
+            hit = float(sums.index(min(sums)) == place)
+            chains += [{**chain, "wrong": place, "hit": hit, "chance": 1 / len(labels)}]
             break
     write_jsonl(out, chains)
 
@@ -213,10 +211,9 @@ def declare(E):
 
     E.choose_by("metrics.accuracy", split=E.validation, limit=s.validation)
     for mode in MODES:
-        asked = dict(mode=mode, split=E.test, limit=s.test)
-        taken = dict(take={mode: "correct", f"{mode}_missing": "metrics.missing_answers"})
-        E.read(mode, of=seeing, **asked, **taken)
-        E.read(mode, "--evaluate", "--blind", of=[blind], **asked, **taken)
+        taken = {mode: "correct", f"{mode}_missing": "metrics.missing_answers"}
+        for models, *switches in ((seeing,), ([blind], "--evaluate", "--blind")):
+            E.read(mode, *switches, of=models, mode=mode, split=E.test, limit=s.test, take=taken)
     E.read(
         "sampled", of=[both, *aligned.values()], split=E.test, limit=s.pool, n=8, take={"sampled": "right"}
     )
@@ -231,19 +228,19 @@ def declare(E):
 def extra(E):
     lines = lambda cell: [[row for _, row in read_jsonl(E.path(cell, s))] for s in range(E.size.seeds)]
     more = {"teacher": E.counts, "words": E.words, "pairs": [len(rows) for rows in lines(E.own_pairs)]}
-    if not E.toy or E.args.only:
-        return more
-    chains = lines(E.wrong)
+    chains = lines(E.wrong) if E.toy and not E.args.only else [[]]
     most = min(100, *map(len, chains))  # an interval takes as many of each seed
+    if not most:
+        return more
     hits, chances = (
         [[one[key] for one in of_seed[:most]] for of_seed in chains] for key in ("hit", "chance")
     )
     judged = mean_interval(hits), mean_interval(chances), paired_difference(chances, hits)
+    shares = (f"{share:.1%} [{low:.1%}, {high:.1%}]" for share, low, high in judged)
     said = (
         "The lowest log-ratio of a wrong chain's steps is at its first wrong one: {}; by chance {}; more {}."
     )
-    said = said.format(*(f"{share:.1%} [{low:.1%}, {high:.1%}]" for share, low, high in judged))
-    return more | {"chain": chains[0][0], "notes": [said]}
+    return more | {"chain": chains[0][0], "notes": [said.format(*shares)]}
 
 
 def draw(results, stem):

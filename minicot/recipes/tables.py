@@ -64,6 +64,13 @@ def per_problem(values):
     return ratio_values(values) if values and isinstance(values[0], list) else values
 
 
+def mean_of(values):
+    """The metric; None where there is nothing to take a mean of: no problem, or no pair in any."""
+    if not values or (isinstance(values[0], list) and not sum(whole for _, whole in values)):
+        return None
+    return sum(per_problem(values)) / len(values)
+
+
 def numbers(results, model, metric):
     """(seeds, problems) numbers of a metric, whose mean it is; [] where the model was not run. InputError
     where a seed is missing. A metric of several ("direct+cot") is their mean."""
@@ -74,7 +81,10 @@ def numbers(results, model, metric):
     if [row["seed"] for row in rows] != list(range(len(rows))):
         raise InputError(f"cell {model} has the seeds {[row['seed'] for row in rows]}; allowed: 0, 1, 2, ...")
     lists = [row["lists"].get(metric) for row in rows]
-    return [] if None in lists else [per_problem(unpack(packed)) for packed in lists]
+    lists = [] if None in lists else [per_problem(unpack(packed)) for packed in lists]
+    if len(lengths := {len(one) for one in lists}) > 1:
+        raise InputError(f"{model}/{metric} is of {sorted(lengths)} problems; allowed: as many at each seed")
+    return lists
 
 
 def judge_all(results, all_claims):
@@ -83,6 +93,9 @@ def judge_all(results, all_claims):
     for claim in all_claims:
         both = [numbers(results, *side) for side in sides(claim)]
         if all(both):
+            if len(shapes := {(len(one), len(one[0])) for one in both}) > 1:
+                shapes = " and ".join(f"{seeds} x {problems}" for seeds, problems in sorted(shapes))
+                raise InputError(f"claim {claim['id']} compares numbers of {shapes} seeds x problems")
             judged.append(claim | judge(claim["rule"], *both))
     return judged
 
@@ -143,15 +156,25 @@ def read_results(file, world):
     """A results file, if it is whole and of this world (a hash; None: not of a built-in one)."""
     if not file.is_file():
         raise InputError(f"{file}: no such results; allowed: the recipe without --table makes them")
-    results = read_json(file)
-    if results["world"] != world:
-        raise InputError(f"{file}: is of the world {results['world']}, this is {world}; run the recipe again")
-    seeds = {}
-    for cell in (cell for cell in results["cells"] if "table" not in cell):
-        seeds.setdefault(cell["name"], []).append(cell["seed"])
-    for name, found in seeds.items():
-        if sorted(found) != list(range(results["sizes"]["seeds"])):
-            raise InputError(f"{file}: model {name} has the seeds {found}; allowed: 0, 1, ... as sizes say")
+    results, seeds = read_json(file), {}
+    try:
+        if results["world"] != world:
+            raise InputError(f"is of the world {results['world']}, this is {world} (see --data)")
+        for cell in results["cells"]:
+            seeds.setdefault(cell["name"], []).append(cell["seed"] if "table" not in cell else None)
+            for metric in cell["metrics"].keys() & cell["lists"].keys():
+                numbers(results, cell["name"], metric)
+        for name, found in seeds.items():
+            if None not in found and sorted(found) != list(range(results["sizes"]["seeds"])):
+                raise InputError(f"model {name} has the seeds {found}; allowed: 0, 1, ... as sizes say")
+        [
+            results[name]
+            for name in ("command", "commits", "device", "cell_minutes", "grid", "extra", "claims")
+        ]
+    except KeyError as error:
+        raise InputError(f"{file}: has no {error}; run the recipe again") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: {error}; run the recipe again") from None
     return results
 
 
@@ -163,7 +186,11 @@ def write_page(file, title, results, lines):
         _, mark, by_hand = page.read_text().partition(BY_HAND)
         if not mark:
             raise InputError(f"{page}: its hand-written part is gone; allowed: below the line {BY_HAND}")
-    figures = [f"![{one.stem}]({one.name})" for one in sorted(file.parent.glob(f"{file.stem}_*.svg"))]
+    others = tuple(f"{one.stem}_" for one in file.parent.glob(f"{file.stem}_*.json"))  # aft_4000 beside aft
+    figures = [
+        one for one in sorted(file.parent.glob(f"{file.stem}_*.svg")) if not one.name.startswith(others)
+    ]
+    figures = [f"![{one.stem}]({one.name})" for one in figures]
     sizes = ", ".join(f"{size} {value}" for size, value in results["sizes"].items())
     made = (
         f"`{results['command']}`, {results['device']}; {results['cell_minutes']} minutes of work, commits "
