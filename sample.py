@@ -318,6 +318,7 @@ def main(config):
     else:
         problems = read_problems(config.data, config.split, limit=config.limit or (5 if showing else 0))
     folder = find_model(config.model)
+    print(f"model: {folder}")
     model, tokenizer, reader = load(folder, config, device)
     settings = dict(
         mode=config.mode,
@@ -331,7 +332,10 @@ def main(config):
         reader=reader and dataclasses.replace(reader, blind=config.blind),
     )
 
-    def draw(problems, n=config.n, temperature=config.temperature):
+    default = 0.0 if showing and config.n == 1 else 1.0
+    temperature = default if config.temperature is None else config.temperature
+
+    def draw(problems, n=config.n, temperature=temperature):
         return sample_groups(model, tokenizer, problems, n=n, temperature=temperature, **settings)
 
     if config.evaluate:
@@ -350,7 +354,7 @@ def main(config):
         print(f"{len(sampled)} problems, {config.n} responses each{share} -> {config.out}")
         report_unread(sampled)
     else:
-        show(draw(problems, temperature=config.temperature if config.n > 1 else 0.0))
+        show(draw(problems))
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ class AlignConfig(LoopConfig):
         LOOP["data"], "", "problems to sample and to hold out (default: toy, or none with --samples)"
     )
     split: str = changed(LOOP["split"], "train", "split to sample")
-    limit: int = changed(LOOP["limit"], 1000, "problems to sample (0 = all)")
+    limit: int = changed(LOOP["limit"], 1000, "problems to sample (0 = all; --samples are used whole)")
     samples: str = flag("data", "", "samples.jsonl, or {prompt, chosen, rejected} rows (default: sample now)")
     k: int = flag("data", 8, "responses a problem when sampling now", least=2, most=10**4)
     eval_split: str = changed(LOOP["eval_split"], "test")
@@ -214,7 +214,9 @@ class SampleConfig(Flags):
         "method", "cot", "ask for a chain, for the bare answer, or the question as it is"
     )
     n: int = flag("method", 1, "responses a problem", least=1, most=10**4)
-    temperature: float = flag("method", 1.0, "sampling temperature; 0 is greedy", least=0)
+    temperature: float | None = flag(
+        "method", None, "0 is greedy (default: 1; 0 when one response is only shown)", least=0
+    )
     top_k: int = flag("method", 0, "keep the k likeliest tokens (0 = all)", least=0)
     top_p: float = flag(
         "method", 1.0, "keep the likeliest tokens that hold this share of the probability", above=0, most=1

@@ -9,20 +9,21 @@ What each paper does with these pairs:
     PRO    sum over i of  log(1 + sum over j of e^(T_ij s_j - T_ii s_i))        T: gaps between the rewards
     AFT    log(1 + sum over pairs of e^(s_j - s_i))             one logarithm around all pairs of the group
 
-Each of them pushes s_j, the worse response, down, and none bounds it from below, although most of a wrong
-solution is good language: a model can degenerate this way. AFT's point is the constraint, taken by all four:
+Each of them pushes s_j, the worse response, down (RRHF while the order is wrong), and none bounds it from
+below, although most of a wrong solution is good language: a model can degenerate this way. AFT's point is the
+constraint, taken by all four:
 
     "none"      the loss as its own paper has it
     "detached"  AFT 4.3.1: s_j is a constant wherever j plays the loser: same value, no push downwards
     "boundary"  AFT 4.3.2: one more term pulls s_j up below  B_j = (min over i better than j of s_i) - margin
 
-Rules. Computed in float32 or wider; no argument is changed; masks are bool. A group without a pair (one
-response, all right, all wrong) costs exactly 0 with a gradient of exactly 0. Equal rewards never pair; the
-order of the responses never matters. What stands in absent slots and masked positions, NaN too, has no
-effect; a score in a pair that is NaN or infinite makes the loss NaN, never 0. Group losses return one value
-a group; average outside.
+Rules of the group losses. Computed in float32 or wider; no argument is changed; masks are bool. A group
+without a pair (one response, all right, all wrong) costs exactly 0 with a gradient of exactly 0. Equal
+rewards never pair; the order of the responses never matters. What stands in absent slots and masked
+positions, NaN too, has no effect; a score in a pair that is NaN or infinite makes the loss NaN, never 0.
+Group losses return one value a group; average outside.
 
-B groups   K response slots a group   N rows (responses)   T tokens   V vocabulary   i beats j
+B groups   K response slots a group   N rows (responses)   T tokens   V vocabulary   better[i, j]: i beats j
 Papers (arXiv): DPO 2305.18290, IPO 2310.12036, RRHF 2304.05302, PRO 2306.17492, AFT 2309.02144.
 """
 
@@ -79,7 +80,8 @@ def sft_loss(token_logps, loss_mask, *, n_tokens=None):
 
     n_tokens is the number in the whole optimizer step, when this call sees only a part of it (gradient
     accumulation, several ranks): the parts then add up to the step's token mean. The papers write a sum per
-    response, PRO's official code sums too, RRHF's divides by the padded width; ours is always the token mean.
+    response, PRO's official code sums too, RRHF's divides by the padded width. align.py passes the number of
+    groups as n_tokens for PRO, whose term is a sum a group.
     """
     _check_mask("loss_mask", loss_mask, token_logps)
     count = loss_mask.sum() if n_tokens is None else n_tokens
@@ -118,7 +120,8 @@ def rrhf_loss(scores, better, *, constraint="none", margin=None):
     scores (B, K) token means, better (B, K, K) bool -> (B,)
 
     A wrongly ordered pair pushes with strength 1, however wrong it is; a rightly ordered one is silent. The
-    paper adds SFT on the best response, with weight 1 (the official default is 100, its scripts pass 1).
+    paper adds SFT on the best response. The official code weighs this ranking term: 1 in its scripts, 100 by
+    default.
 
     boundary (ours, no paper's):  + sum over j of max(0, B_j - s_j)
     """

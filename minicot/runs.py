@@ -254,11 +254,12 @@ class Run:
             print(f"stopped by {signal.Signals(self.signal).name}; the model is saved in {self.out}")
             raise SystemExit(128 + self.signal)
         lines = log.read()
-        last, speed = [line["loss"] for line in lines[-20:]], lines[-1]["tokens_per_s"]
+        first, last = ([line["loss"] for line in part] for part in (lines[:20], lines[-20:]))
+        speed = lines[-1]["tokens_per_s"]
         share = mfu(model, speed, device)
         print(
-            f"loss {lines[0]['loss']:.3f} -> {sum(last) / len(last):.3f} (mean of the last {len(last)} "
-            f"steps), {speed:,.0f} tokens/s{f', MFU {share:.1%}' if share else ''}, "
+            f"loss {sum(first) / len(first):.3f} -> {sum(last) / len(last):.3f} (means of the first and last "
+            f"{len(last)} steps), {speed:,.0f} tokens/s{f', MFU {share:.1%}' if share else ''}, "
             f"{(time.perf_counter() - self.started) / 60:.1f} minutes -> {self.out}"
         )
 

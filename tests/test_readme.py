@@ -36,7 +36,7 @@ def block(name):
 
 def test_it_can_be_finished():
     assert len(README.splitlines()) <= 180
-    [transcript] = re.findall(r"^(?:    .*\n|\n(?=    ))+", section("Two commands"), re.M)
+    [transcript] = re.findall(r"^(?:    .*\n|\n(?=    ))+", section("Start"), re.M)
     assert len(transcript.splitlines()) <= 15 and "%" in transcript
     assert len(rows(section("Read it in this order"))) == 6 and len(rows(section("Speed"))) == 8
     assert len(section("Limits").strip().splitlines()) == 5
@@ -48,11 +48,12 @@ def test_a_new_loss_is_one_function_one_row_and_one_test_as_printed(tmp_path):
     shutil.copytree(ROOT / "minicot", tmp_path / "minicot", ignore=shutil.ignore_patterns("recipes", "*.pyc"))
     losses, script = tmp_path / "minicot" / "losses.py", tmp_path / "align.py"
     losses.write_text(f"{losses.read_text()}\n\n{block('function')}")
-    name = re.search(r"def (\w+)", block("function"))[1]
-    text = (ROOT / "align.py").read_text().replace("METHODS = {", f"METHODS = {{\n{block('row')}", 1)
-    script.write_text(text.replace("from minicot.losses import", f"from minicot.losses import {name},", 1))
-    imports = f"import math\n\nimport pytest\nimport torch\n\nfrom minicot.losses import {name}\n\n\n"
-    (tmp_path / "test_it.py").write_text(imports + block("test"))
+    imported, row = block("row").split("\n\n", 1)
+    text = (ROOT / "align.py").read_text().replace("METHODS = {", f"METHODS = {{\n{row}", 1)
+    script.write_text(
+        text.replace("from minicot.losses import", f"{imported}\nfrom minicot.losses import", 1)
+    )
+    (tmp_path / "test_it.py").write_text(block("test"))
     run = lambda *words: subprocess.run(
         [sys.executable, *map(str, words)], cwd=tmp_path, capture_output=True, text=True
     )

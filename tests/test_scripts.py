@@ -196,3 +196,10 @@ def test_fields_of_a_file_and_conversations_pass_through_sampling(tmp_path):
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "s.jsonl").read_text())
     assert {name: written[name] for name in row} == row and written.keys() == row.keys() | {"responses"}
+
+
+def test_a_temperature_that_is_given_is_obeyed_and_the_model_is_named(tmp_path):
+    argv = ["--limit", 2, "--max-new-tokens", 12]
+    shown = [sample(*argv, *more, cwd=tmp_path).stdout for more in
+             ([], ["--temperature", 0], ["--temperature", 5.0])]  # fmt: skip
+    assert shown[0] == shown[1] != shown[2] and f"model: {BASE}" in shown[0]
