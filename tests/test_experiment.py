@@ -270,9 +270,9 @@ def test_a_signal_ends_the_scripts_too_and_what_was_cut_off_is_not_done(tmp_path
     code = MADE_UP.replace("steps=2, eval_split", "steps=10000, eval_split")
     (tmp_path / "paper.py").write_text(code + "\nE.main(declare, CLAIMS, COLUMNS)\n")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    recipe = subprocess.Popen(
-        [sys.executable, "paper.py"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-    )
+    deaf_no_more = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # as from a terminal
+    options = dict(cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=deaf_no_more)
+    recipe = subprocess.Popen([sys.executable, "paper.py"], **options)
     folder = tmp_path / "runs" / "recipes" / "made_up" / "vft-s0"
     log, deadline = folder / "model" / "metrics.jsonl", time.time() + 120
     while not (log.is_file() and log.stat().st_size):
