@@ -309,6 +309,8 @@ def complete(config):
     )
     smoothed = config.label_smoothing and config.constraint != "none"
     check(not smoothed, "--label-smoothing", config.label_smoothing, "0 with a --constraint")
+    unused = config.sft_weight is not None and not method.sft
+    check(not unused, "--sft-weight", config.sft_weight, f"nothing: {config.method} has no SFT term")
     if method.sft == "reference":
         check(config.reference, "--reference", config.reference, f"true: {config.method}'s SFT term needs it")
     return config, method

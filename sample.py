@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from minicot.answers import STYLES
 from minicot.config import SampleConfig, check, run
-from minicot.data import grade_answers, image_reader, render
+from minicot.data import grade_answers, image_reader, readable, render
 from minicot.errors import InputError
 from minicot.metrics import accuracy, assessment, degeneration, majority_accuracy, pass_at_k
 from minicot.records import Problem, read_samples, samples_to_row
@@ -40,7 +40,7 @@ from minicot.sets import default_length, read_problems, style_of
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures
 from minicot.runs import write_json, write_jsonl
-from minicot.training import pick_device, resolve, train_first, weights_digest
+from minicot.training import pick_device, report_unreadable, resolve, train_first, weights_digest
 from minicot.verifier import assess, curves, log_ratio_scores
 from minicot.weights import load_model, read_json
 
@@ -272,6 +272,10 @@ def assess_samples(config, device):
     folder = find_model(config.model)
     model, tokenizer, reader = load(folder, config, device)
     options = dict(mode=config.mode, reference=config.reference, reader=reader, batch_size=config.batch_size)
+    problems, unreadable = readable([samples.problem for samples in sampled], reader)
+    report_unreadable(unreadable, problems)
+    ids = {problem.id for problem in problems}
+    sampled = [samples for samples in sampled if samples.problem.id in ids]
     watch = lambda groups: tqdm(groups, unit="problem", disable=None)
     judged = assess(model, tokenizer, sampled, watch=watch, **options)
     metrics = assessment(judged)

@@ -105,7 +105,6 @@ LOOP = {field.name: field for field in dataclasses.fields(LoopConfig)}
 class TrainConfig(LoopConfig):
     """Fine-tune (or pretrain) a model on written solutions and save it as a Hugging Face folder."""
 
-    task: Literal["sft"] = flag("method", "sft", "sft = next-token loss on the solution's tokens")
     mode: Literal["cot", "direct", "both", "plain"] = flag(
         "method", "cot", "taught: a chain, the bare answer, each once; plain = cot, question as it is"
     )

@@ -88,19 +88,13 @@ def rows_of(tokenizer, samples, mode):
     ]
 
 
-def token_log_ratios(model, ref, tokenizer, samples, *, mode, reader=None, batch_size=64):
-    """One question's Samples -> for each response (its scored ids, log pi - log pi_ref of each of them)."""
-    rows = rows_of(tokenizer, samples, mode)
-    ratios = log_ratios(model, ref, tokenizer, [rows], reader=reader, batch_size=batch_size)
-    return [(row.ids[row.n_prompt :], values.tolist()) for row, values in zip(rows, ratios)]
-
-
 def log_ratio_scores(
     model, ref, tokenizer, sampled, *, name, mode, words=0, tokens=False, reader=None, batch_size=64
 ):
     """Yield the Samples with scores[name] = sum over the response of log pi(y|x) - log pi_ref(y|x); with
     `words` over its first words alone, as DPO sees it where it is trained on truncate_words; with `tokens`
-    also `tokens`, the scored tokens as texts, and token_scores[name], the log-ratio of each."""
+    also `tokens`, the scored tokens as texts, and token_scores[name], the log-ratio of each. InputError where
+    token_scores are there that are of other tokens."""
     seen = truncate_words(sampled, words) if words else sampled
     groups = [rows_of(tokenizer, samples, mode) for samples in seen]
     ratios = log_ratios(model, ref, tokenizer, groups, reader=reader, batch_size=batch_size)
@@ -111,6 +105,11 @@ def log_ratio_scores(
             more = {"scores": {**(response.scores or {}), name: values.sum().item()}}
             if tokens:
                 texts = [tokenizer.decode([i], skip_special=False) for i in row.ids[row.n_prompt :]]
+                if response.token_scores and response.tokens != texts:
+                    raise InputError(
+                        f"problem {row.problem_id!r}: its token_scores are of other tokens; allowed: samples "
+                        "without token_scores, or no --token-scores"
+                    )
                 ratios_of = {**(response.token_scores or {}), name: values.tolist()}
                 more |= {"tokens": texts, "token_scores": ratios_of}
             scored.append(replace(response, **more))

@@ -228,6 +228,7 @@ def test_trl_pairs_are_aligned_without_a_grade(policy, tmp_path):
         (["--init", "nowhere"], ["nowhere"]),
         (["--method", "dpo", "--constraint", "detached", "--label-smoothing", "0.1"], ["--label-smoothing"]),
         (["--method", "dpo", "--label-smoothing", "1"], ["--label-smoothing is 1.0", "below 1"]),
+        (["--method", "dpo", "--sft-weight", "1"], ["--sft-weight is 1.0", "dpo has no SFT term"]),
         (["--method", "ipo", "--constraint", "detached"], ["--constraint", "none, for ipo"]),
         (["--no-reference"], ["--reference"]),
     ],

@@ -400,6 +400,10 @@ def test_one_bad_picture_costs_its_own_problem_alone(folder, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["correct"][1] == 0 and results["metrics"]["k"] == 4 and results["metrics"]["problems"] == 2
     assert max(*results["metrics"]["pass"].values(), results["metrics"]["majority"]) <= 0.5
+    words = ["--assess", "--model", folder, "--samples", "samples.jsonl", "--mode", "direct"]
+    done = script("sample.py", *words, "--reference", "--out", "scores.json", cwd=tmp_path)
+    assert done.returncode == 0 and "1 problems left out" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "scores.json").read_text())["solution_ids"] == ["good"]
     model, tokenizer = load_model(folder), Tokenizer(folder)
     problems = read_problems(str(tmp_path / "set.jsonl"))
     good, unread = readable(problems, image_reader(model, tokenizer, folder))

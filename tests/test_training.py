@@ -239,7 +239,7 @@ def test_held_out_problems_are_never_the_trained_ones(base, tmp_path):
         (["--lr", "-1"], ["--lr"]),
         (["--lr", "fast"], ["--lr", "fast"]),
         (["--flag"], ["--flag"]),
-        (["--task", "rl"], ["--task", "rl"]),
+        (["--train", "head"], ["--train", "head"]),
         (["--max-length", "20"], ["longer than 20 tokens", "--overlong skip"]),
         (["--max-length", "999999"], ["--max-length"]),
         *([] if torch.cuda.is_available() else [(["--device", "cuda"], ["--device", "cuda", "cpu"])]),

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from minicot.records import Problem, Response, Samples, read_samples, samples_to
 from minicot.sets import read_problems
 from minicot.tokenizer import Tokenizer
 from minicot.training import resolve
-from minicot.verifier import assess, best_of_n, curves, log_ratio_scores, token_log_ratios, weighted_vote
+from minicot.verifier import assess, best_of_n, curves, log_ratio_scores, log_ratios, rows_of, weighted_vote
 from minicot.weights import load_model, save_model
 from tests.helpers import assert_one_line_error, script
 
@@ -93,6 +94,24 @@ def some_samples(n=2):
     return sampled
 
 
+def token_log_ratios(model, ref, tokenizer, samples, *, batch_size=64):
+    """One question's Samples -> for each response (its scored ids, log pi - log pi_ref of each of them)."""
+    rows = rows_of(tokenizer, samples, "cot")
+    ratios = log_ratios(model, ref, tokenizer, [rows], reader=None, batch_size=batch_size)
+    return [(row.ids[row.n_prompt :], values.tolist()) for row, values in zip(rows, ratios)]
+
+
+def test_token_scores_of_other_tokens_are_not_mixed(models):
+    """The cut response's tokens are fewer: the whole one's numbers would stand beside the wrong ones."""
+    _, model, ref, tokenizer = models
+    score = partial(log_ratio_scores, model, ref, tokenizer, mode="cot")
+    whole = list(score(some_samples(1), name="dpo", tokens=True))
+    again = next(score(whole, name="other", tokens=True))
+    assert all(len(r.tokens) == len(one) for r in again.responses for one in r.token_scores.values())
+    with pytest.raises(InputError, match="problem '.*': its token_scores are of other tokens"):
+        next(score(whole, name="dpo-cut", words=2, tokens=True))
+
+
 def test_the_score_is_the_summed_log_ratio_of_the_response(models):
     _, model, ref, tokenizer = models
     [scored] = log_ratio_scores(model, ref, tokenizer, some_samples(1), name="dpo", mode="cot")
@@ -101,7 +120,7 @@ def test_the_score_is_the_summed_log_ratio_of_the_response(models):
         ids = torch.tensor([row.ids])
         by_hand = [token_logps(one(ids), ids)[0, row.n_prompt :].sum().item() for one in (model, ref)]
         assert response.scores["dpo"] == pytest.approx(by_hand[0] - by_hand[1], abs=1e-4)
-    tokens = token_log_ratios(model, ref, tokenizer, some_samples(1)[0], mode="cot")
+    tokens = token_log_ratios(model, ref, tokenizer, some_samples(1)[0])
     sums = [sum(ratios) for _, ratios in tokens]
     assert sums == pytest.approx([r.scores["dpo"] for r in scored.responses], abs=1e-4)
     assert tokens[0][0][-1] == tokenizer.eos_id and tokens[2][0][-1] != tokenizer.eos_id
@@ -114,7 +133,7 @@ def test_cut_scores_are_of_the_first_words_without_eos(models):
             model, ref, tokenizer, some_samples(1), name="cut", mode="cot", words=words
         )
         short = truncate_words(some_samples(1), words)[0]
-        tokens = token_log_ratios(model, ref, tokenizer, short, mode="cot")
+        tokens = token_log_ratios(model, ref, tokenizer, short)
         assert [r.scores["cut"] for r in scored.responses] == pytest.approx(
             [sum(ratios) for _, ratios in tokens], abs=1e-4
         )
@@ -195,7 +214,7 @@ def test_scores_do_not_depend_on_the_cut_and_no_batch_is_larger(models, batch_si
     assert [len(samples.responses) for samples in scored] == [9, 3, 3]
     ours = [r.scores["dpo"] for samples in scored for r in samples.responses]
     assert ours == pytest.approx(expected, abs=1e-4) and len(set(ours)) == 15
-    tokens = token_log_ratios(model, ref, tokenizer, many(9)[0], mode="cot", batch_size=batch_size)
+    tokens = token_log_ratios(model, ref, tokenizer, many(9)[0], batch_size=batch_size)
     assert [sum(ratios) for _, ratios in tokens] == pytest.approx(expected[:9], abs=1e-4)
     judged = [assess(model, tokenizer, many(9), mode="cot", batch_size=size) for size in (batch_size, 64)]
     assert max(sizes) <= 64 and judged[0]["tokens"] == judged[1]["tokens"]

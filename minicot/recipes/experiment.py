@@ -209,7 +209,7 @@ class Experiment(Worker):
     def output(self, model, name, seed=0):
         """What a model's reading of this name wrote, as JSON."""
         [reading] = [one for one, _ in self.reads[model.name] if one.name == name]
-        return json.loads(self.path(reading, seed).read_text())
+        return take(self.path(reading, seed), None)
 
     def choose(self, pool):
         """Every setting of every grid at the first seed -> the grid as it reads out; the best is chosen."""
@@ -337,7 +337,7 @@ class Experiment(Worker):
         for cell in cells:  # the numbers of single problems that a claim or a difference needs
             wanted = {name for name in cell["lists"] if name in shown or (cell["name"], name) in kept}
             cell["lists"] = {name: pack(cell["lists"][name]) for name in cell["lists"] if name in wanted}
-        marks = [json.loads((folder / "cell.json").read_text()) for folder in self.made]
+        marks = [take(folder / "cell.json", None) for folder in self.made]
         gpu = self.args.device == "cuda" and torch.cuda.get_device_name()
         results = {
             "command": self.line,
