@@ -298,22 +298,13 @@ def main(config):
     check(config.question or not config.image, "--image", config.image, "nothing, without a question")
     style = config.style or style_of(config.data)
     check(style in STYLES, "--style", style, ", ".join(STYLES))
-    check(
-        config.verifier or not config.truncate_words,
-        "--truncate-words",
-        config.truncate_words,
-        "0, without --verifier",
-    )
-    check(config.verifier or not config.token_scores, "--token-scores", "given", "only with --verifier")
-    check(config.assess or not config.reference, "--reference", "given", "only with --assess")
+    for name, mode in (("truncate_words", "verifier"), ("token_scores", "verifier"), ("reference", "assess")):
+        flag, value = "--" + name.replace("_", "-"), getattr(config, name)
+        check(getattr(config, mode) or not value, flag, value, f"only with --{mode}")
     check(not (config.assess and config.verifier), "--assess", "given", "no --verifier beside it")
     device = pick_device(config.device)
-    if config.assess:
-        assess_samples(config, device)
-        return
-    if config.verifier:
-        verify(config, device)
-        return
+    if config.assess or config.verifier:
+        return assess_samples(config, device) if config.assess else verify(config, device)
     showing = not (config.evaluate or config.out)
     if config.question is not None:
         check(config.question.strip(), "the question", config.question, "some words")

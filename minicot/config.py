@@ -296,17 +296,12 @@ def one_line_ends():
     """Within the block bad input (InputError, OSError) ends in one line and exit code 2; SIGTERM and SIGINT
     end in one line and exit code 128 + signal (in a training loop: see runs.Run). Any other exception is a
     bug of ours and keeps its traceback."""
-    handlers = {}
 
     def interrupt(number, _frame):
-        for other in handlers:
-            signal.signal(other, signal.SIG_IGN)  # what has begun to end is not interrupted again
+        handle_signals(signal.SIG_IGN)  # what has begun to end is not interrupted again
         raise KeyboardInterrupt(number)
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                handlers[number] = signal.signal(number, interrupt)
+    before = handle_signals(interrupt)
     try:
         yield
     except (InputError, OSError) as error:
@@ -318,5 +313,14 @@ def one_line_ends():
         print(f"ended by {number.name}", file=sys.stderr)
         raise SystemExit(128 + number) from None
     finally:
-        for number, handler in handlers.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def handle_signals(handler):
+    """Let SIGTERM and SIGINT call it, but where they are ignored or this is no main thread -> {number: the
+    handler before}."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    numbers = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in numbers}

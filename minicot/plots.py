@@ -4,6 +4,8 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
+
 
 def figure(width=6, height=3.5, panels=1):
     import matplotlib
@@ -76,7 +78,8 @@ def smooth(log, keys, *, window=15, points=60):
     lines = [json.loads(line) for line in Path(log).read_text().splitlines()]
     found = {}
     for key in keys:
-        steps, values = zip(*((line["step"], line[key]) for line in lines if line.get(key) is not None))
+        there = [line for line in lines if line.get(key) is not None]
+        steps, values = ([line[name] for line in there] for name in ("step", key))
         means = [sum(values[max(0, i - window) : i + 1]) / min(window + 1, i + 1) for i in range(len(values))]
         found[key] = [[step, round(mean, 4)] for step, mean in zip(steps, means)][
             :: max(1, len(steps) // points)
@@ -89,7 +92,7 @@ def scores_over_training(histories, path):
     fig, axes = figure()
     for (name, history), colour in zip(histories.items(), ("tab:red", "tab:blue", "tab:green", "tab:orange")):
         for key, style, label in (("score_right", "-", name), ("score_wrong", "--", None)):
-            axes.plot(*zip(*history[key]), style, color=colour, label=label)
+            axes.plot(*(np.array(history[key]).reshape(-1, 2).T), style, color=colour, label=label)
     axes.set(xlabel="step", ylabel="score (nats a token); right -, wrong - -")
     axes.legend(frameon=False)
     save(fig, path)

@@ -12,7 +12,6 @@ import re
 import shutil
 import signal
 import socket
-import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from minicot.config import handle_signals
 from minicot.errors import InputError
 from minicot.tokenizer import FILES
 from minicot.training import mfu
@@ -211,10 +211,7 @@ class Run:
         def note(number, _frame):
             self.signal = number
 
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self.handlers[number] = signal.signal(number, note)
+        self.handlers = handle_signals(note)
 
     def stop_listening(self):
         """From here on they end the process at once, as before."""
@@ -297,7 +294,7 @@ def save_checkpoint(out, step, model, optimizer):
 def load_checkpoint(out, model, optimizer):
     """Put the newest checkpoint of a run folder into model and optimizer, strictly; returns its step."""
     folder = checkpoints(out)[max(checkpoints(out))]
-    about, shapes = read_json(folder / "state.json"), {"weights": {}, "optimizer": {}}
+    about = read_json(folder / "state.json")
     step, untouched = about.get("step"), about.get("untouched", [])
     if folder.name != f"checkpoint-{step}":
         raise InputError(f"{folder / 'state.json'}: step is {step!r}, the folder is {folder.name}")
@@ -306,12 +303,12 @@ def load_checkpoint(out, model, optimizer):
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and name not in untouched
     }
-    for name, parameter in model.named_parameters():
-        shapes["weights"][name] = parameter.shape
-    for name, parameter in touched.items():
-        keys = {"step": (1,), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
-        shapes["optimizer"] |= {f"{name}.{key}": shape for key, shape in keys.items()}
-    weights, state = (read_exactly(folder / f"{kind}.safetensors", shapes[kind]) for kind in shapes)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    weights = read_exactly(folder / "weights.safetensors", shapes)
+    moments = {f"{name}.{key}": p.shape for name, p in touched.items() for key in ("exp_avg", "exp_avg_sq")}
+    state = read_exactly(
+        folder / "optimizer.safetensors", moments | {f"{name}.step": (1,) for name in touched}
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])

@@ -271,7 +271,7 @@ def test_the_figures_are_drawn_from_the_results_alone(tmp_path):
         {"name": name, "seed": 0, "settings": {}, "metrics": {}, "lists": {"accuracy": pack(bits)}}
         for name, bits in (("vft", [0, 1] * 20), ("rft", [1, 1] * 20))
     ]
-    line = {"score_right": [[1, -0.3], [2, -0.2]], "score_wrong": [[1, -0.5], [2, -2.0]]}
+    line = {"score_right": [[1, -0.3], [2, -0.2]], "score_wrong": []}  # all responses are right
     scores = {"vft": [[-0.2, -0.3], [-0.4] * 5], "aft-boundary": [[-0.1], [-0.5, -2.0]]}
     shown = {"training": dict.fromkeys(recipe.SHOWN, line), "scores": scores}
     recipe.draw({"cells": cells, "extra": shown}, tmp_path / "aft")
@@ -283,6 +283,7 @@ def test_a_logs_running_means_are_short_and_leave_out_what_is_missing(tmp_path):
     values = [None if step == 2 else float(step) for step in range(1, 201)]
     write_jsonl(tmp_path / "log", [{"step": i, "score": v} for i, v in enumerate(values, 1)])
     smoothed = plots.smooth(tmp_path / "log", ["score"], window=1, points=50)["score"]
+    assert plots.smooth(tmp_path / "log", ["score_wrong"]) == {"score_wrong": []}
     assert smoothed[0] == [1, 1.0] and 50 <= len(smoothed) <= 70
     assert [step for step, _ in smoothed][:3] == [1, 5, 8] and smoothed[1][1] == (4 + 5) / 2
 

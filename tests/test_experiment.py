@@ -302,7 +302,9 @@ def test_sizes_can_be_given(toy):
     assert toy(argv=["--fast"], sizes=sizes).size.seeds == 1
     with pytest.raises(InputError, match="--set has problem; allowed: seeds, problems"):
         toy(argv=["--set", "problem=4"], sizes=sizes)
-    for argv, what in ((["--set", "lrs=1e-4;3"], "lrs is '1e-4;3'"), (["--seeds", "two"], "seeds is 'two'"),
+    for argv, what in ((["--set", "problems=-4"], "problems is -4"),
+                       (["--set", "lrs=1e-4,nan"], "lrs is 1e-4,nan"),
+                       (["--set", "lrs=1e-4;3"], "lrs is '1e-4;3'"), (["--seeds", "two"], "seeds is 'two'"),
                        (["--seeds", "0"], "seeds 0"), (["--jobs", "0"], "--jobs is 0")):  # fmt: skip
         with pytest.raises(InputError, match=what):
             toy(argv=argv, sizes=sizes)

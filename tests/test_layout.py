@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "verifier": {"errors", "model", "vision", "tokenizer", "answers", "records", "data", "losses", "scoring"},
     "metrics": {"answers"},
     "training": {"errors"},
-    "runs": {"errors", "tokenizer", "training", "weights"},
+    "runs": {"config", "errors", "tokenizer", "training", "weights"},
     "evaluation": {"data", "metrics", "runs", "sampling", "scoring", "sets", "training", "weights"},
 }
 BUDGETS = {

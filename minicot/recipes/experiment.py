@@ -296,6 +296,8 @@ class Experiment(Worker):
                 sizes[size] = tuple(map(float, words.split(","))) if kind is tuple else kind(words)
             except ValueError:
                 raise InputError(f"--set {size} is {words!r}; allowed: such as {sizes[size]!r}") from None
+            if not all(value >= 0 for value in (sizes[size] if kind is tuple else [sizes[size]])):
+                raise InputError(f"--set {size} is {words}; allowed: 0 or more")
         if min(args.jobs, sizes["seeds"]) < 1:
             raise InputError(f"--jobs is {args.jobs}, seeds {sizes['seeds']}; allowed: 1 or more")
         self.size = SimpleNamespace(**sizes)
