@@ -154,9 +154,9 @@ def from_samples(groups, ref, batches, steps, config, tokenizer, reader):
     return ahead(micro_batches, steps)
 
 
-def sample_now(run, model, tokenizer, problems, asking, device):
+def sample_now(run, folder, model, tokenizer, problems, asking, device):
     """--k responses a problem by the model itself -> Samples, in the run's samples.jsonl as well."""
-    run.begin()
+    run.begin(folder)
     with autocast(run.config, device):
         stream = sample_groups(model, tokenizer, problems, n=run.config.k, seed=run.config.seed, **asking)
         samples = list(tqdm(stream, total=len(problems), desc="sampling", unit="problem", disable=None))
@@ -363,10 +363,10 @@ def main(config):
     constrained = {"constraint": config.constraint, "margin": config.margin} if method.constraint else {}
 
     with Run(config, inputs) as run:
-        samples = samples or sample_now(run, model, tokenizer, problems, asking, device)
+        samples = samples or sample_now(run, folder, model, tokenizer, problems, asking, device)
         groups, counts = read_groups(config, method, samples, tokenizer, model, reader)
         batches = plan(groups, config)
-        run.begin(digest_of(tokenizer, groups))
+        run.begin(folder, digest_of(tokenizer, groups))
         ref = reference_logps(run, folder, tokenizer, groups, reader, device) if method.ref else None
         optimizer = make_optimizer(model, config.lr, config.weight_decay)
         first = load_checkpoint(run.out, model, optimizer) if config.resume else 0

@@ -111,7 +111,7 @@ def main(config):
         return chosen, [collate([[row] for row in micro], tokenizer.pad_id, reader) for micro in micros]
 
     with Run(config, inputs) as run:
-        run.begin(digest_of(tokenizer, [rows, held_out_rows]))
+        run.begin(folder, digest_of(tokenizer, [rows, held_out_rows]))
         optimizer = make_optimizer(model, config.lr, config.weight_decay, config.vision_lr)
         first = load_checkpoint(run.out, model, optimizer) if config.resume else 0
         log = Log(run.out / "metrics.jsonl", first)

@@ -180,6 +180,7 @@ class AlignConfig(LoopConfig):
     truncate_words: int = flag(
         "method", 0, "train on a response's first N words, without EOS (0 = all of it)", least=0
     )
+    epochs: float = changed(LOOP["epochs"], 3.0)
     batch_size: int = changed(LOOP["batch_size"], 8, "groups a step")
     lr: float = changed(LOOP["lr"], 3e-4, "peak learning rate")
     seed: int = changed(LOOP["seed"], 0, "sampling, pairs and data order")

@@ -78,20 +78,29 @@ def verdict(low: float, high: float, *, direction: str | None = None, at_least: 
     return "holds" if low > bound else "reversed" if high < bound else "not seen"
 
 
-def judge(rule: str, ours, other=None) -> dict:
-    """What two cells' numbers (S, P) say about a claim: {verdict, difference, low, high, seeds, problems}.
+def judge(rule: str, ours, other=None, control=None) -> dict:
+    """What cells' numbers (S, P) say about a claim: {verdict, difference, low, high, seeds, problems}.
 
-    rule: "up" | "down" (the difference ours - other), "level" (it does not lie below minus 2 points), or
-    "below X" (the difference, or without an other ours alone, lies below X). See `verdict`.
+    rule: "up" | "down" (the difference ours - other); "level X" (it does not lie below -X); "within X" (it
+    lies between -X and X); "below X" (the difference, or without an other ours alone, lies below X). See
+    `verdict`. Equal models are level: such a rule says something only where a control fails it. With a
+    control the claim is "no test" unless the control surely lies below other ("level") or apart from it
+    ("within").
     """
     interval = paired_difference(other, ours) if other else mean_interval(ours)
+    kind, _, bound = rule.partition(" ")
     difference, low, high = interval
-    if rule.startswith("below "):
-        word = verdict(-high, -low, at_least=-float(rule.removeprefix("below ")))
-    elif rule == "level":
-        word = verdict(low, high, at_least=-0.02)
+    if kind == "below":
+        word = verdict(-high, -low, at_least=-float(bound))
+    elif kind == "level":
+        word = verdict(low, high, at_least=-float(bound))
+    elif kind == "within":
+        word = verdict(-max(high, -low), -max(low, -high), at_least=-float(bound))
     else:
         word = verdict(low, high, direction=rule)
+    if control:
+        _, lowest, highest = paired_difference(other, control)
+        word = word if highest < 0 or (kind == "within" and lowest > 0) else "no test"
     rounded = {name: round(number, 5) for name, number in zip(("difference", "low", "high"), interval)}
     return {"verdict": word, **rounded, "seeds": len(ours), "problems": len(ours[0])}
 
@@ -184,7 +193,8 @@ def assessment(judged: dict) -> dict:
     """Numbers of what verifier.assess says (lists over problems, of lists over their responses): A-accuracy
     over all pairs of unequal reward with its interval over problems, share of problems with a pair, accuracy
     of the response with the highest score, perplexity of right and of wrong responses, NLL of the reference
-    solutions; and "ordered_pairs", [rightly ordered pairs, pairs] of each problem.
+    solutions; "by_length", the share of the pairs that length alone puts in order (fewer tokens are better);
+    and "ordered_pairs", [rightly ordered pairs, pairs] of each problem.
 
     None stands for a number of nothing: no pair, no right (wrong) response, no solution; and for the
     reranking accuracy where a response's correctness is unknown.
@@ -200,11 +210,13 @@ def assessment(judged: dict) -> dict:
     pairs, nlls = sum(n for _, n in ordered), judged["reference_nlls"]
     share, low, high = mean_interval([ratio_values(ordered)]) if pairs else (None, None, None)
     lengths = table("tokens")
+    by_length, _ = assessment_accuracy(-lengths, better)
     of = lambda kind: [[s] * int(n) for s, n in zip(scores[correct == kind], lengths[correct == kind])]
     return {
         "assessment_accuracy": share,
         "low": low,
         "high": high,
+        "by_length": by_length / pairs if pairs else None,
         "pairs": pairs,
         "problems": len(scores),
         "share_with_pair": share_with_pair(better),

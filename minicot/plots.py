@@ -87,14 +87,23 @@ def smooth(log, keys, *, window=15, points=60):
     return found
 
 
-def scores_over_training(histories, path):
-    """{method: what `smooth` made of its log} -> scores of right (solid) and wrong (dashed) responses."""
-    fig, axes = figure()
-    for (name, history), colour in zip(histories.items(), ("tab:red", "tab:blue", "tab:green", "tab:orange")):
-        for key, style, label in (("score_right", "-", name), ("score_wrong", "--", None)):
-            axes.plot(*(np.array(history[key]).reshape(-1, 2).T), style, color=colour, label=label)
-    axes.set(xlabel="step", ylabel="score (nats a token); right -, wrong - -")
-    axes.legend(frameon=False)
+def collapse(training, accuracy, path):
+    """Scores of right (solid) and wrong (dashed) responses over training, one panel a name; beside them the
+    accuracy over training. training, accuracy: {name: what `smooth` made of its log}."""
+    fig, (*panels, last) = figure(3 * len(training) + 3, 3, len(training) + 1)
+    colours = dict(zip(training, ("tab:red", "tab:blue", "tab:green", "tab:orange")))
+    values = [value for history in training.values() for key in history for _, value in history[key]]
+    room = 0.05 * (max(values) - min(values))
+    for (name, history), axes in zip(training.items(), panels):
+        for key, style in (("score_right", "-"), ("score_wrong", "--")):
+            axes.plot(*np.array(history[key]).reshape(-1, 2).T, style, color=colours[name], label=key[6:])
+        axes.set(title=name, xlabel="step", ylim=(min(values) - room, max(values) + room))
+    panels[0].set(ylabel="score (nats a token)")
+    panels[0].legend(frameon=False)
+    for name, history in accuracy.items():
+        steps, shares = np.array(history["held_out_accuracy"]).T
+        last.plot(steps, 100 * shares, "o-", color=colours[name], markersize=4, label=name)
+    last.set(title="answers", xlabel="step", ylabel="accuracy (%)")
     save(fig, path)
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from minicot.config import handle_signals
 from minicot.errors import InputError
 from minicot.tokenizer import FILES
-from minicot.training import mfu
+from minicot.training import mfu, weights_digest
 from minicot.weights import read_json, save_model
 
 
@@ -175,10 +175,11 @@ class Run:
         if self.out.is_dir() and not any(self.out.iterdir()):
             self.out.rmdir()
 
-    def begin(self, data_digest=None):
-        """Before anything is written: settings.json. --resume needs the same settings and data. (The digest
-        of the data is None as long as samples are being drawn.)"""
-        settings = dataclasses.asdict(self.config) | {"data_digest": data_digest}
+    def begin(self, init, data_digest=None):
+        """Before anything is written: settings.json. --resume needs the same settings, weights in the folder
+        `init` and data. (The digest of the data is None as long as samples are being drawn.)"""
+        digests = {"init_digest": weights_digest(init), "data_digest": data_digest}
+        settings = dataclasses.asdict(self.config) | digests
         settings = {name: value for name, value in settings.items() if name not in PER_CALL}
         if self.config.resume:
             before = read_json(self.out / "settings.json")

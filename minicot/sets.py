@@ -122,7 +122,7 @@ KNOWN_SETS = {
     **{name: (arithmetic_row, "hash", {}) for name in ("svamp", "multiarith", "addsub", "singleeq")},
 }
 TOYS = {"toy": toy.rows, "toy-pictures": pictures.rows}
-TOY_SIZES = {"train": 20_000, "validation": 1_000, "test": 1_000}
+TOY_SIZES = {"train": 20_000, "validation": 1_000, "test": 3_000}
 
 
 def style_of(spec):

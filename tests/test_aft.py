@@ -227,18 +227,25 @@ def test_all_pairs_share_one_logarithm():
 
 def test_the_recipe_declares_the_papers_methods_and_its_claims_name_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe.E.__init__("aft", recipe.TITLE, recipe.SIZES, recipe.FAST, elsewhere=recipe.SLICE)
+    recipe.E.models.clear(), recipe.E.reads.clear()
     recipe.E.parse([])
     recipe.declare(recipe.E)
     recipe.E.check(recipe.CLAIMS)
     models = {model.name: model for model in recipe.E.models}
-    assert {"vft", "rft", "dpo-none", "rrhf-boundary", "pro-detached", "rank-aft-none"} <= models.keys()
-    aligned = [model for name, model in models.items() if name != "vft" and model.grid]
-    assert {tuple(model.grid["lr"]) for model in aligned} == {recipe.SIZES["lrs"]}  # the same grid for all
+    recipe.E.models.clear(), recipe.E.reads.clear()
+    assert {"vft", "rft", "dpo-none", "rrhf-boundary", "pro-detached", "rank-pro-boundary"} <= models.keys()
+    sizes, aligned = recipe.SIZES, [model for name, model in models.items() if name != "vft"]
+    for model in aligned:  # the same grid for all arms of a method, and one rate for all
+        dpo = model.name.startswith("dpo")
+        own, one = (sizes["dpo_lrs"], sizes["dpo_one_rate"]) if dpo else (sizes["lrs"], sizes["one_rate"])
+        grids = {"": {own, (one,)}, "@one-rate": {(one,)}}["@one-rate" if "@" in model.name else ""]
+        assert model.grid["lr"] in grids and one in own
     same = {(m.flags["init"], m.flags["epochs"], m.flags["batch_size"]) for m in aligned}
     assert len(same) == 1  # and the same work
-    recipe.E.chosen = {"aft-boundary": {"lr": 1.0}, "aft-none": {"lr": 2.0}}
-    assert recipe.E.setting(models["aft-none@twin"]) == {"lr": 1.0}
+    weights = {name: m.flags.get("sft_weight") for name, m in models.items() if "pro" in name}
+    assert weights.pop("pro-paper") is None and set(weights.values()) == {1}
+    main = [models[name].seeds for name in ("vft", "rft@one-rate", "aft-none", "aft-boundary@one-rate")]
+    assert min(main) >= sizes["seeds"] and models["dpo-none"].seeds == sizes["few_seeds"]
 
 
 def test_right_wrong_feedback_leaves_the_grades_out_and_k_keeps_the_first(tmp_path):
@@ -273,10 +280,12 @@ def test_the_figures_are_drawn_from_the_results_alone(tmp_path):
     ]
     line = {"score_right": [[1, -0.3], [2, -0.2]], "score_wrong": []}  # all responses are right
     scores = {"vft": [[-0.2, -0.3], [-0.4] * 5], "aft-boundary": [[-0.1], [-0.5, -2.0]]}
-    shown = {"training": dict.fromkeys(recipe.SHOWN, line), "scores": scores}
+    accuracy = dict.fromkeys(recipe.CONSTRAINTS, {"held_out_accuracy": [[1, 0.5], [2, 0.25]]})
+    shown = {"training": dict.fromkeys(recipe.CONSTRAINTS, line), "accuracy": accuracy, "scores": scores}
     recipe.draw({"cells": cells, "extra": shown}, tmp_path / "aft")
     sizes = [file.stat().st_size for file in tmp_path.glob("aft_*.svg")]
     assert len(sizes) == 3 and min(sizes) > 2000
+    assert "detached" in (tmp_path / "aft_collapse.svg").read_text()
 
 
 def test_a_logs_running_means_are_short_and_leave_out_what_is_missing(tmp_path):

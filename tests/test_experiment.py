@@ -18,7 +18,8 @@ from minicot.errors import InputError
 from minicot.recipes import aft, llava_reasoner
 from minicot.recipes import work
 from minicot.recipes.experiment import RESULTS, Experiment, Next
-from minicot.recipes.tables import BY_HAND, claims, judge_all, numbers, pack, read_results, tables, unpack
+from minicot.recipes.tables import BY_HAND, claims, judge_all, numbers, pack, read_results, sides, tables
+from minicot.recipes.tables import unpack
 from minicot.recipes.tables import write_page
 from minicot.runs import write_json
 from tests.test_layout import ROOT
@@ -30,7 +31,7 @@ from minicot.recipes.experiment import Experiment
 from minicot.recipes.tables import claims
 
 CLAIMS = claims("""
-a|accuracy|aft|vft|level|AFT does not fall below VFT
+a|accuracy|aft|vft|up|AFT beats VFT
 b|accuracy|vft|   |below 0.9|VFT leaves room
 """)
 COLUMNS = {"model": {"accuracy": "{accuracy:.1%}", "over VFT": ("accuracy", "vft")}}
@@ -62,7 +63,7 @@ def test_a_recipe_of_25_lines_trains_samples_aligns_judges_and_prints(tmp_path, 
     # two settings are aligned and validated at the first seed; the chosen one meets the test problems
     assert sorted(scripts) == ["align.py"] * 2 + ["sample.py"] * 5 + ["train.py"]
     assert all(f"| {model} | 0.0% |" in printed for model in ("vft", "aft"))
-    assert "| a. AFT does not fall below VFT | +0.000 [+0.000, +0.000] | holds |" in printed
+    assert "| a. AFT beats VFT | +0.000 [+0.000, +0.000] | not seen |" in printed
     assert "| grid, first seed, validation | lr 1e-05 | lr 0.0001 |" in printed
     results = json.loads((tmp_path / "results" / "made_up.json").read_text())
     assert results["grid"][0].keys() == {"name", "settings", "score"} and results["cell_minutes"] > 0
@@ -73,7 +74,7 @@ def test_a_recipe_of_25_lines_trains_samples_aligns_judges_and_prints(tmp_path, 
     run("--jobs", "1")
     assert not [line for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
     run("--table")
-    assert "| a. AFT does not fall below VFT |" in capsys.readouterr().out
+    assert "| a. AFT beats VFT |" in capsys.readouterr().out
 
 
 # ---- cells ---------------------------------------------------------------------------------------
@@ -333,6 +334,31 @@ def test_a_part_of_the_models_needs_a_name_of_its_own(toy):
         E.check([])
 
 
+def test_seeds_splits_and_looks_are_the_recipes(toy):
+    def declare(E):
+        E.model("m", "train.py", data=E.data, split=E.part(E.train, 2, 5))
+        E.read("test", split=E.test, take={"accuracy": "correct"})
+
+    sizes, columns = dict(first_seed=10), {"model": {"accuracy": ("accuracy", "m")}}
+    make = lambda: toy(
+        declare, ["--jobs", "1"], sizes, splits=("train[10:]", "validation", "test[1000:3000]")
+    )
+    looks = []
+    for _ in range(2):
+        E = make()
+        results = E.run([], columns, None, Path("results/e.json"))
+        write_json(Path("results/e.json"), results) if Path("results").mkdir(exist_ok=True) is None else None
+        looks.append((len(E.ran), results["looks"]))
+    assert looks == [(4, {"test[1000:3000]": 1}), (0, {"test[1000:3000]": 1})]
+    words = make()
+    assert words.part("train", 3, 9) == "train[3:9]" and words.part("train[10:14]", 2, 9) == "train[12:14]"
+    with pytest.raises(InputError, match=r"--splits has 'train\[-5:\]'"):
+        words.part("train[-5:]", 0, 3)
+    command = json.loads(Path("runs/recipes/e/m-s10/cell.json").read_text())["command"]
+    assert "--seed 10 " in command and "train[12:15]" in command
+    assert not Path("runs/recipes/e/m-s0").exists() and Path("runs/recipes/e/m-s11").exists()
+
+
 def test_studies_of_other_names_or_data_share_no_folder(toy):
     names = [toy(argv=argv).name for argv in ([], ["--data", "gsm8k:x/y"], ["--data", "a/own.jsonl"])]
     assert names == ["e", "e_gsm8k", "e_own"]
@@ -359,8 +385,9 @@ def test_what_a_recipes_author_gets_wrong_is_found_before_the_first_cell(toy):
     E.model("m", "train.py")
     with pytest.raises(AssertionError, match="two models are called m"):
         E.model("m", "train.py", lr=1)
-    with pytest.raises(AssertionError, match="claim a: sideways"):
-        claims("a|accuracy|ours|theirs|sideways|no such rule")
+    for rule in ("sideways", "level", "level 0.02", "within 0.02"):  # a bound, and a control, are needed
+        with pytest.raises(AssertionError, match=f"claim a: {rule}"):
+            claims(f"a|accuracy|ours|theirs|{rule}|no such rule")
     with pytest.raises(ValueError):
         claims("a|accuracy|ours|theirs|up")
 
@@ -384,7 +411,7 @@ CLAIMS = claims("""
 up   |accuracy|better|base |up       |ten points more
 none |accuracy|same  |base |up       |the same share
 down |accuracy|worse |base |up       |less
-level|accuracy|base  |base |level    |no less
+level*|accuracy|better|better |level 0.01, base|as good, where the base is not
 alone|ratio   |base  |     |below 0.8|a bound
 mixed|accuracy|better|base/ratio|up  |another metric
 """)
@@ -402,6 +429,7 @@ def results(seeds=3, problems=400):
             lists = {"accuracy": pack(bits), "ratio": pack(pairs)}
             cells.append({"name": name, "seed": seed, "settings": {}, "metrics": metrics, "lists": lists})
     found = {"cells": cells, "grid": [], "extra": {"notes": ["A note."]}, "sizes": {"seeds": seeds}}
+    found |= {"seeds": {cell["name"]: seeds for cell in cells}, "looks": {"test": 2}}
     made = {"command": "python -m x", "device": "CPU", "commits": ["abc"], "cell_minutes": 1.5, "world": None}
     return {**found, **made, "claims": judge_all(found, CLAIMS)}
 
@@ -418,7 +446,7 @@ def test_numbers_of_single_problems_come_back(values):
 def test_claims_are_judged_by_their_interval():
     found = {one["id"]: one for one in results()["claims"]}
     words = {id_: one["verdict"] for id_, one in found.items()}
-    assert words == {"up": "holds", "none": "not seen", "down": "reversed", "level": "holds",
+    assert words == {"up": "holds", "none": "not seen", "down": "reversed", "level*": "holds",
                      "alone": "holds", "mixed": "holds"}  # fmt: skip
     assert found["up"]["seeds"] == 3 and found["up"]["problems"] == 400
     assert "up" not in {c["id"] for c in judge_all({"cells": []}, CLAIMS)}  # its cells did not run
@@ -428,8 +456,33 @@ def test_a_claim_about_other_problems_is_named():
     cells = [
         {"name": name, "seed": 0, "lists": {"accuracy": pack([1] * n)}} for name, n in (("a", 3), ("b", 4))
     ]
-    with pytest.raises(InputError, match="claim x compares numbers of 1 x 3 and 1 x 4 seeds x problems"):
+    with pytest.raises(InputError, match=r"claim x compares numbers of \[3, 4\] problems"):
         judge_all({"cells": cells}, claims("x|accuracy|a|b|up|it grows"))
+
+
+def test_claims_are_judged_again_at_one_rate_over_the_seeds_that_both_have():
+    found = results()
+    twins = [
+        cell | {"name": f"{cell['name']}@one-rate"} for cell in found["cells"] if cell["name"] == "worse"
+    ]
+    found["cells"] = [c for c in found["cells"] if c["name"] != "worse"] + [
+        cell | {"name": "worse"} for cell in found["cells"] if cell["name"] == "better" and cell["seed"] < 2
+    ]
+    found["cells"] += twins
+    [up, level] = judge_all(
+        found,
+        claims("""
+u|accuracy|worse|base|up|at its own rate it is better
+l|accuracy|better|better|level 0.01, worse|as good, where the other falls
+"""),
+    )
+    assert (up["verdict"], up["seeds"]) == ("holds", 2)
+    assert (up["one_rate"]["verdict"], up["one_rate"]["seeds"]) == ("reversed", 3)
+    assert (level["verdict"], level["one_rate"]["verdict"]) == ("no test", "holds")
+    lines = tables(found | {"claims": [up, level]}, {"model": {"accuracy": "{accuracy:.1%}"}})
+    assert "| claim (* primary) | difference [95 %] | verdict | all at one rate | verdict |" in lines
+    assert sum("| holds | -" in line and line.endswith("| reversed |") for line in lines) == 1
+    assert f"{up['one_rate']['difference']:+.3f}" in "".join(lines)
 
 
 def test_a_metric_of_nothing_is_left_out(toy):
@@ -504,6 +557,11 @@ def test_results_of_another_world_or_without_a_seed_are_refused(tmp_path):
     for broken, what in (
         (results() | {"cells": 3}, "'int' object is not iterable"),
         ({k: v for k, v in results().items() if k != "grid"}, "has no 'grid'"),
+        ({k: v for k, v in results().items() if k != "looks"}, "has no 'looks'"),
+        (
+            results() | {"seeds": dict.fromkeys(("base", "better", "same", "worse"), 4)},
+            "model base has the seeds",
+        ),
         (results() | {"cells": [{"name": "m"}]}, "has no 'seed'"),
         (with_list(pack([1, 0])), "base/accuracy is of [2, 400] problems"),
         (with_list("xyz"), "invalid literal"),
@@ -522,7 +580,28 @@ def test_results_of_another_world_or_without_a_seed_are_refused(tmp_path):
 
 # ---- what is committed ---------------------------------------------------------------------------
 
-RECIPES = {"aft": aft, "aft_4000": aft, "aft_epochs": aft, "llava_reasoner": llava_reasoner}
+RECIPES = {"aft": aft, "llava_reasoner": llava_reasoner}
+
+
+@pytest.mark.parametrize("recipe", [aft, llava_reasoner])
+def test_no_claim_holds_where_all_models_are_the_same(recipe):
+    """A rule that equal models pass needs a control that is not equal."""
+    for claim in recipe.CLAIMS:
+        same = {
+            "lists": dict.fromkeys(
+                [part for _, m in sides(claim) for part in m.split("+")], pack([1, 0] * 500)
+            )
+        }
+        cells = [
+            {"name": model, "seed": seed} | same for model, _ in dict(sides(claim)).items() for seed in (0, 1)
+        ]
+        [judged] = judge_all({"cells": cells}, [claim])
+        assert judged["verdict"] != "holds" or not claim["other"], claim
+
+
+@pytest.mark.parametrize("recipe", [aft])
+def test_three_to_five_claims_are_primary(recipe):
+    assert 3 <= sum(claim["id"].endswith("*") for claim in recipe.CLAIMS) <= 6
 
 
 def test_every_results_file_has_a_recipe_and_a_page():

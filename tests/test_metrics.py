@@ -200,6 +200,9 @@ def test_assessment_numbers_by_hand():
     numbers = assessment(judged)
     assert numbers["ordered_pairs"] == [[1, 2], [0, 0], [2, 2]] and numbers["pairs"] == 4
     assert numbers["assessment_accuracy"] == pytest.approx(3 / 4) and numbers["problems"] == 3
+    assert numbers["by_length"] == pytest.approx(
+        1 / 4
+    )  # 2 of 1, 4 tokens; 2, 2 of 1 (none): one pair of four
     assert numbers["share_with_pair"] == numbers["rerank_accuracy"] == pytest.approx(2 / 3)
     assert numbers["perplexity_right"] == pytest.approx(math.exp((2 + 3 + 2 + 3) / 7))
     assert numbers["perplexity_wrong"] == pytest.approx(math.exp((2 + 2 + 4) / 6))
@@ -293,10 +296,43 @@ def test_bad_input_is_named(call, message):
 
 def test_a_claim_is_judged_by_its_rule():
     low, high = [[0, 0, 0, 1] * 50], [[1, 1, 0, 1] * 50]
-    words = {rule: judge(rule, high, low)["verdict"] for rule in ("up", "down", "level", "below 0.1")}
-    assert words == {"up": "holds", "down": "reversed", "level": "holds", "below 0.1": "reversed"}
-    assert (
-        judge("level", high, high)["verdict"] == "holds" and judge("up", high, high)["verdict"] == "not seen"
-    )
+    rules = ("up", "down", "level 0.02", "within 0.2", "within 0.9", "below 0.1")
+    words = {rule: judge(rule, high, low)["verdict"] for rule in rules}
+    assert list(words.values()) == ["holds", "reversed", "holds", "reversed", "holds", "reversed"]
+    assert list(judge(rule, low, high)["verdict"] for rule in rules) == [
+        "reversed", "holds", "reversed", "reversed", "holds", "holds",
+    ]  # fmt: skip
+    assert judge("up", high, high)["verdict"] == "not seen"
     alone = judge("below 0.4", low)
     assert alone["verdict"] == "holds" and alone["difference"] == 0.25 and alone["problems"] == 200
+
+
+def test_equal_models_are_level_only_where_a_control_is_not():
+    low, high = [[0, 0, 0, 1] * 50], [[1, 1, 0, 1] * 50]
+    for rule in ("level 0.01", "within 0.01"):
+        words = [judge(rule, high, high, control)["verdict"] for control in (low, high)]
+        assert words == ["holds", "no test"]
+    assert judge("level 0.01", low, low, high)["verdict"] == "no test"  # a control that lies above
+    assert judge("within 0.01", low, low, high)["verdict"] == "holds"  # is apart
+    assert judge("level 0.01", low, high, low)["verdict"] == "reversed"
+
+
+@pytest.mark.parametrize(
+    "problems, seeds, spread, widest", [(1000, 3, 0.0, 0.06), (1000, 3, 0.01, 0.065), (2000, 5, 0.01, 0.042)]
+)
+def test_the_bootstrap_over_seeds_and_problems_covers_what_it_says(problems, seeds, spread, widest):
+    """Experiments of two models 3 points apart: problems of unequal difficulty, and seeds that move each
+    model's accuracy by `spread`. The 95 % interval holds the 3 points in about 95 % of the experiments."""
+    rng, true, intervals = np.random.default_rng(0), 0.03, []
+    density = 1 / math.sqrt(2 * math.pi * (0.3**2 + 0.2**2))  # of ease at its threshold: accuracy over shift
+    for _ in range(100):
+        ease = rng.normal(0, 0.3, problems)
+
+        def answers(gain):
+            moved = rng.normal(gain, spread, (seeds, 1)) / density
+            return (ease + moved + rng.normal(0, 0.2, (seeds, problems)) > 0).astype(int)
+
+        intervals.append(paired_difference(answers(0.0), answers(true), resamples=300)[1:])
+    assert 0.91 <= np.mean([low <= true <= high for low, high in intervals])
+    assert np.mean([high - low for low, high in intervals]) < widest
+    assert np.mean([low <= 0 <= high for low, high in intervals]) < 0.7  # it is not wide enough for all

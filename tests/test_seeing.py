@@ -312,11 +312,16 @@ def recalled(model, tokenizer, n=64):
 
 
 @torch.no_grad()
-def test_the_shipped_base_looks_numbers_up_by_name_and_the_text_base_does_not(shipped):
+def test_both_shipped_bases_look_numbers_up_by_name(shipped):
     model, tokenizer, _ = shipped
-    assert recalled(model, tokenizer) > 0.95
     folder = resolve("toy")
-    assert recalled(load_model(folder, dtype=torch.float32), Tokenizer(folder)) < 0.4
+    text_base = load_model(folder, dtype=torch.float32)
+    assert recalled(model, tokenizer) > 0.95
+    assert recalled(text_base, Tokenizer(folder)) > 0.95
+    with torch.no_grad():  # a model that looks nothing up is at chance: half of the numbers begin with a 1
+        text_base.layers[1].self_attn.o_proj.weight.zero_()
+        text_base.layers[2].self_attn.o_proj.weight.zero_()
+    assert recalled(text_base, Tokenizer(folder)) < 0.6
 
 
 @pytest.mark.parametrize("kind", pictures.KINDS)

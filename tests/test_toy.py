@@ -15,7 +15,7 @@ import pytest
 from minicot.answers import extract_answer, is_correct
 from minicot.tokenizer import Tokenizer
 from minicot.toy import problems, teacher
-from minicot.toy.base_text import base_rows
+from minicot.toy.base_text import DRILLS, base_rows, seeing_rows, word_rows
 from minicot.toy.problems import WORDINGS, Quantity, Scene, derived_by, grade, label_steps, make_problem
 from minicot.toy.problems import make_scene, perception_questions, row_of, rows, scene_hash, scene_of
 from minicot.toy.problems import split_of
@@ -352,7 +352,13 @@ def test_the_base_tokenizer_has_a_token_for_each_word_and_digit_and_any_text_rou
 
 def test_the_base_text_holds_no_worked_solution_and_no_held_out_scene():
     held_out = {row["question"] for split in ("validation", "test") for row in rows(split, 300)}
-    for row in base_rows(3000):
+    drilled = [row for _, start, shares in DRILLS.values() for row in seeing_rows(400, start, shares)]
+    assert all(
+        not set("=+#") & set(row["question"] + row["solution"]) for row in drilled
+    )  # nothing is computed
+    again = [row for row in word_rows(4000) if row["question"] == ""]
+    assert 0.6 < len(again) / 4000 < 0.9
+    for row in base_rows(3000) + again:
         text = row["solution"]
         assert row["question"] == "" and "####" not in text and text not in held_out
         assert not re.search(rf"(?:{'|'.join(problems.NAMES)})(?: has|:) \d+ [-+x/] \d+", text), text

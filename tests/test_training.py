@@ -214,6 +214,19 @@ def test_resuming_with_other_data_is_refused(base, tmp_path):
     assert_one_line_error(run_train(base, "out", "--data", path, "--resume", cwd=tmp_path), "data_digest")
 
 
+def test_resuming_from_another_base_model_is_refused(base, tmp_path):
+    """The weights in the folder of --init, not its name, are what a run starts from."""
+    own = tmp_path / "own"
+    own.mkdir()
+    for file in base.iterdir():
+        (own / file.name).write_bytes(file.read_bytes())
+    assert run_train(own, "out", "--stop-at", 2, cwd=tmp_path).returncode == 0
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(config | {"initializer_range": 0.05}))
+    done = run_train(own, "out", "--resume", cwd=tmp_path)
+    assert_one_line_error(done, "--resume: init_digest is", "allowed: the same")
+
+
 def test_held_out_problems_are_never_the_trained_ones(base, tmp_path):
     rows = [{"question": f"What is {i}?", "solution": f"#### {i}"} for i in range(20)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

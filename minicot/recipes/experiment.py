@@ -38,16 +38,19 @@ from minicot.config import one_line_ends
 from minicot.errors import InputError
 from minicot.recipes.tables import judge_all, mean_of, pack, read_results, sides, tables, write_page
 from minicot.recipes.work import Worker, digest, take
-from minicot.sets import TOYS, read_problems, refuse_shared
+from minicot.records import fields_of
+from minicot.sets import TOYS, default_length, read_problems, refuse_shared
 from minicot.runs import write_json, write_jsonl
-from minicot.training import ROOT
+from minicot.training import ROOT, resolve, weights_digest
+from minicot.weights import read_json
 
 RESULTS = ROOT / "minicot" / "recipes" / "results"
+SPLITS = ("train", "validation", "test")
 SWITCH = {"action": "store_true"}
 ARGUMENTS = {
     "--data": {"help": "toy, toy-pictures, gsm8k:PATH, ..., FILE.jsonl"},
     "--init": {"help": "base model folder"},
-    "--splits": {"nargs": 3, "default": ["train", "validation", "test"], "help": "of data"},
+    "--splits": {"nargs": 3, "help": "of data"},
     "--set": {"nargs": "+", "default": [], "metavar": "SIZE=VALUE", "help": "other sizes, see SIZES"},
     "--seeds": {"help": "how many"},
     "--only": {"nargs": "+", "metavar": "MODEL", "help": "a part of the models; with --name or --fast"},
@@ -88,12 +91,25 @@ class Experiment(Worker):
     """One paper's experiment. E.size.<name> are its sizes; E.data, E.init, E.train, E.validation, E.test the
     data, base model and splits that the command line may change; E.toy: is it a built-in world?"""
 
-    def __init__(self, name, title, sizes, fast, *, elsewhere=None, data="toy", init="toy", results=RESULTS):
-        """sizes: {name: value}, "seeds" among them; fast: what --fast changes on the built-in world, and
-        `elsewhere` on other data."""
+    def __init__(
+        self,
+        name,
+        title,
+        sizes,
+        fast,
+        *,
+        elsewhere=None,
+        data="toy",
+        init="toy",
+        splits=SPLITS,
+        results=RESULTS,
+    ):
+        """sizes: {name: value}, "seeds" among them, and "first_seed" where it is not 0; fast: what --fast
+        changes on the built-in world, and `elsewhere` on other data."""
         super().__init__()
         self.title, self.sizes, self.fast, self.elsewhere = title, sizes, fast, elsewhere or fast
-        self.defaults, self.results = {"name": name, "data": data, "init": init}, Path(results)
+        self.defaults = {"name": name, "--data": data, "--init": init, "--splits": list(splits)}
+        self.results = Path(results)
         self.models, self.reads, self.validations, self.chosen, self.made = [], {}, {}, {}, {}
         self.start = time.perf_counter()
 
@@ -121,6 +137,22 @@ class Experiment(Worker):
     def file(self, name, function, *inputs):
         """The file that function(out, *paths of the inputs, seed=seed) writes."""
         return Cell(name, (function, *inputs), f"{name}.jsonl", of=inputs[0])
+
+    def part(self, split, start, stop):
+        """The problems start to stop of a split, which may be a slice itself, "train[7000:]"."""
+        if not (match := re.fullmatch(r"([\w-]+)(?:\[(\d*):(\d*)\])?", split)):
+            raise InputError(f"--splits has {split!r}; allowed: a name, or a slice such as train[7000:]")
+        first, end = int(match[2] or 0), start + int(match[2] or 0) + stop - start
+        return f"{match[1]}[{first + start}:{min(end, int(match[3] or end))}]"
+
+    def problems(self, split, limit):
+        """Flags for the first problems of a split. A built-in world, which every process would make anew for
+        seconds, is written into a file once."""
+        if not self.toy:
+            return dict(data=self.data, split=split, limit=limit)
+        rows = [fields_of(problem) for problem in read_problems(self.data, split, limit=limit)]
+        file = self.write(re.sub(r"\W+", "-", f"{split} {limit}") + ".jsonl", rows)
+        return dict(data=file, max_new_tokens=default_length(self.data))
 
     def write(self, name, rows):
         """A JSON-lines file for all seeds, written at once -> its path."""
@@ -161,7 +193,11 @@ class Experiment(Worker):
             return self.folder(cell.of, seed, setting) / cell.name
         setting = self.setting(cell) if setting is None else setting
         label = cell.name.partition("@")[0] + "".join(f"-{flag}{v:g}" for flag, v in setting.items())
-        return self.root / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', label)}-s{seed}"
+        return self.root / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', label)}-s{self.seed(seed)}"
+
+    def seed(self, place):
+        """The seed that the scripts get, of the first (0), second ... seed of the experiment."""
+        return int(getattr(self.size, "first_seed", 0)) + place
 
     def path(self, cell, seed, setting=None):
         """Make a cell, and first all that it needs -> the path of what it makes. Once, whoever asks."""
@@ -190,10 +226,10 @@ class Experiment(Worker):
             needs = paths = [get(one) for one in rest]
             line = f"{script.__name__}({', '.join(map(str, [out, *paths]))})"
             inputs = {"code": hashlib.sha256(inspect.getsource(script).encode()).hexdigest()[:16]}
-            work = lambda log: script(out, *paths, seed=seed)
+            work = lambda log: script(out, *paths, seed=self.seed(seed))
         else:
             chosen = {} if cell.of else self.setting(cell) if setting is None else setting
-            flags = {**cell.flags, **chosen, "seed": seed, "out": out, "device": self.args.device}
+            flags = {**cell.flags, **chosen, "seed": self.seed(seed), "out": out, "device": self.args.device}
             flags |= {"dtype": self.args.dtype} if self.args.dtype != "float32" else {}
             flags = {flag: get(value) for flag, value in flags.items() if value is not None}
             words = [(f"--{flag.replace('_', '-')}", str(value)) for flag, value in flags.items()]
@@ -255,7 +291,7 @@ class Experiment(Worker):
             if not self.args.table:
                 declare(self)
                 self.check(claims)
-                results = self.run(claims, columns, extra)
+                results = self.run(claims, columns, extra, file)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_json(file, results, indent=None)
             results = read_results(file, self.world())
@@ -267,12 +303,11 @@ class Experiment(Worker):
     def parse(self, argv):
         parser = argparse.ArgumentParser(description=self.title, allow_abbrev=False)
         for flag, options in ARGUMENTS.items():
-            default = {"--data": self.defaults["data"], "--init": self.defaults["init"]}.get(flag)
-            parser.add_argument(flag, **{"default": default, **options})
+            parser.add_argument(flag, **{"default": self.defaults.get(flag), **options})
         parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
         self.args = args = parser.parse_args(argv)
         self.line = shlex.join(["python", "-m", f"minicot.recipes.{self.defaults['name']}", *argv])
-        own = args.data == self.defaults["data"]
+        own = args.data == self.defaults["--data"]
         name = self.defaults["name"] + ("" if own else f"_{Path(args.data.partition(':')[0]).stem}")
         if args.only and args.name in (None, name) and not args.fast:
             raise InputError("--only is given; allowed: with --name or --fast, as a part is not the whole")
@@ -312,7 +347,9 @@ class Experiment(Worker):
         for i, j in itertools.combinations(range(3), 2):
             refuse_shared(parts[i], parts[j], f"--splits: {self.args.splits[j]} of {self.args.splits[i]}")
         names = [cell.name for cell in self.models]
-        own = self.data == self.defaults["data"]  # the data that the claims are about; others may lack cells
+        own = (
+            self.data == self.defaults["--data"]
+        )  # the data that the claims are about; others may lack cells
         for claim, (model, metric) in ((c, side) for c in claims if own for side in sides(c)):
             takes = [wanted for _, wanted in self.reads.get(model, [])]
             if None not in takes and not {*metric.split("+")} <= {name for one in takes for name in one}:
@@ -321,8 +358,8 @@ class Experiment(Worker):
             raise InputError(f"--only has {', '.join(sorted(unknown))}; allowed: {', '.join(names)}")
         self.models = [cell for cell in self.models if cell.name in (self.args.only or names)]
 
-    def run(self, claims, columns, extra):
-        """Make and read out all cells, judge the claims -> results."""
+    def run(self, claims, columns, extra, before=Path()):
+        """Make and read out all cells, judge the claims -> results. before: the results of the run before."""
         if self.args.device == "cpu":
             torch.set_num_threads(1)
         with ThreadPoolExecutor(self.args.jobs) as pool:
@@ -335,6 +372,7 @@ class Experiment(Worker):
                 self.end(error)
                 raise
         kept = {(model, part) for one in claims for model, metric in sides(one) for part in metric.split("+")}
+        kept |= {(f"{model}@one-rate", part) for model, part in kept}
         shown = {one[0] for heads in columns.values() for one in heads.values() if isinstance(one, tuple)}
         for cell in cells:  # the numbers of single problems that a claim or a difference needs
             wanted = {name for name in cell["lists"] if name in shown or (cell["name"], name) in kept}
@@ -348,18 +386,28 @@ class Experiment(Worker):
             "minutes": round((time.perf_counter() - self.start) / 60, 1),
             "cell_minutes": round(sum(mark["minutes"] for mark in marks), 1),
             "world": self.world(),
+            "looks": self.looks(before),
             "sizes": vars(self.size),
+            "seeds": {cell.name: min(cell.seeds, self.size.seeds) for cell in self.models},
             "grid": grid,
             "extra": more,
             "cells": cells,
         }
         return results | {"claims": judge_all(results, claims)}
 
+    def looks(self, file):
+        """How often the recipe's runs of this name have met the test problems, {split: runs}: this one counts
+        where it made a cell."""
+        before = read_json(file).get("looks", {}) if file.is_file() else {}
+        return before | {self.test: before.get(self.test, 0) + bool(self.worked)}
+
     def world(self):
-        """A hash of the built-in world; None of other data."""
-        problems = read_problems(self.data, "test", limit=50) if self.toy else None
-        texts = problems and json.dumps([(p.question, p.answer, p.solution) for p in problems])
-        return texts and hashlib.sha256(texts.encode()).hexdigest()[:16]
+        """A hash of the built-in world and of its base model; None of other data."""
+        if not self.toy:
+            return None
+        problems = [(p.question, p.answer, p.solution) for p in read_problems(self.data, "test", limit=50)]
+        texts = json.dumps([problems, weights_digest(resolve(self.init))])
+        return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
 
 DRAW = {"batch_size": 256}  # sequences decoded together

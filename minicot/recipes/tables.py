@@ -1,6 +1,6 @@
 """What a results file says: numbers, verdicts, tables and the page. experiment.py writes the file.
 
-Results: {command, commit, commits, device, minutes, cell_minutes, world, sizes, grid, claims, extra, cells:
+Results: {command, commits, device, minutes, cell_minutes, world, looks, sizes, grid, claims, extra, cells:
 [{name, seed, settings, metrics: {name: number}, lists: {name: packed numbers of single problems}, table}]}.
 """
 
@@ -19,21 +19,24 @@ BY_HAND = "<!-- written by hand, kept when the page is made again -->"
 
 
 def claims(table, fields=("id", "metric", "ours", "other", "rule", "text")):
-    """Lines "b1 | accuracy | aft | vft | up | text" -> a dict a claim.
+    """Lines "b1* | accuracy | aft | vft | up | text" -> a dict a claim. A star marks a primary claim.
 
     ours, other: names of models; "model/metric" where its metric is another one. rule: "up" | "down" (the
-    difference ours - other), "level" (it does not lie below minus 2 points), "below X" (the difference, or
-    without an other ours alone, lies below X)."""
+    difference ours - other), "level X, CONTROL", "within X, CONTROL" (see metrics.judge; CONTROL is a model,
+    without which equal models would hold the claim), "below X" (the difference, or without an other ours
+    alone, lies below X)."""
     lines = [[word.strip() for word in line.split("|")] for line in table.strip().splitlines()]
     found = [dict(zip(fields, words, strict=True)) for words in lines]
+    allowed = r"up|down|(level|within) [.\d]+, \S+|below [-.\d]+"
     for one in found:
-        assert re.fullmatch(r"up|down|level|below [-.\d]+", one["rule"]), f"claim {one['id']}: {one['rule']}"
+        assert re.fullmatch(allowed, one["rule"]), f"claim {one['id']}: {one['rule']}"
     return found
 
 
 def sides(claim):
-    """[(model, metric)] of a claim, ours first."""
-    named = [claim[side].partition("/") for side in ("ours", "other") if claim[side]]
+    """[(model, metric)] of a claim: ours, the other if there is one, the control if its rule names one."""
+    control = claim["rule"].partition(", ")[2]
+    named = [one.partition("/") for one in (claim["ours"], claim["other"], control) if one]
     return [(model, metric or claim["metric"]) for model, _, metric in named]
 
 
@@ -88,16 +91,28 @@ def numbers(results, model, metric):
 
 
 def judge_all(results, all_claims):
-    """The claims whose cells are there, judged."""
-    judged = []
+    """The claims whose cells are there, judged; a second time, as "one_rate", where models of the claim have
+    a twin "<model>@one-rate", whose learning rate was not chosen for it."""
+    judged, models = [], {cell["name"] for cell in results["cells"]}
     for claim in all_claims:
-        both = [numbers(results, *side) for side in sides(claim)]
-        if all(both):
-            if len(shapes := {(len(one), len(one[0])) for one in both}) > 1:
-                shapes = " and ".join(f"{seeds} x {problems}" for seeds, problems in sorted(shapes))
-                raise InputError(f"claim {claim['id']} compares numbers of {shapes} seeds x problems")
-            judged.append(claim | judge(claim["rule"], *both))
+        own = sides(claim)
+        twins = [(twin if (twin := f"{model}@one-rate") in models else model, name) for model, name in own]
+        found = [judge_one(results, claim, pair) for pair in (own, twins)]
+        if found[0]:
+            judged.append(claim | found[0] | ({"one_rate": found[1]} if twins != own else {}))
     return judged
+
+
+def judge_one(results, claim, named):
+    """The verdict of a claim on these [(model, metric)], over the seeds that all of them have; None where one
+    is missing."""
+    lists = [numbers(results, *one) for one in named]
+    if not all(lists):
+        return None
+    if len(problems := {len(one[0]) for one in lists}) > 1:
+        raise InputError(f"claim {claim['id']} compares numbers of {sorted(problems)} problems")
+    seeds = min(map(len, lists))
+    return judge(claim["rule"].partition(",")[0], *(one[:seeds] for one in lists))
 
 
 # ---- tables and the page -------------------------------------------------------------------------
@@ -116,8 +131,8 @@ def entry(results, model, column):
         return column.get(model, "")
     if isinstance(column, tuple):
         ours, other = (numbers(results, name, column[0]) for name in (model, column[1]))
-        there = ours and other and model != column[1]
-        return INTERVAL.format(*paired_difference(other[: len(ours)], ours)) if there else ""
+        there, seeds = ours and other and model != column[1], min(len(ours), len(other))
+        return INTERVAL.format(*paired_difference(other[:seeds], ours[:seeds])) if there else ""
     rows = [cell["metrics"] for cell in results["cells"] if cell["name"] == model]
     try:
         return column.format(**{key: sum(row[key] for row in rows) / len(rows) for key in rows[0]})
@@ -139,9 +154,14 @@ def tables(results, columns, pivots=()):
     for head, model, names, points in pivots:
         rows = [(name, *(entry(results, model, f"{{{name}@{p}:.1%}}") for p in points)) for name in names]
         lines += markdown((head, *(f"n = {point}" for point in points)), rows)
-    shown = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
-    rows = [(f"{c['id']}. {c['text']}", shown.format(**c), c["verdict"]) for c in results["claims"]]
-    lines += markdown(("claim", "difference [95 %]", "verdict"), rows) if rows else []
+    head, rows = ["claim (* primary)", "difference [95 %]", "verdict"], []
+    shown = lambda one: ["{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**one), one["verdict"]]
+    twice = any("one_rate" in claim for claim in results["claims"])
+    for claim in results["claims"]:
+        again = shown(claim["one_rate"]) if "one_rate" in claim else ["", ""]
+        rows.append([f"{claim['id']}. {claim['text']}", *shown(claim), *(again if twice else ())])
+    head += ["all at one rate", "verdict"] if twice else []
+    lines += markdown(head, rows) if rows else []
     scores = {}
     for one in results["grid"]:
         rate, *rest = (f"{flag} {value:g}" for flag, value in one["settings"].items())
@@ -161,15 +181,15 @@ def read_results(file, world):
         if results["world"] != world:
             raise InputError(f"is of the world {results['world']}, this is {world} (see --data)")
         for cell in results["cells"]:
-            seeds.setdefault(cell["name"], []).append(cell["seed"] if "table" not in cell else None)
+            seeds.setdefault(cell["name"], []).append(cell["seed"])
             for metric in cell["metrics"].keys() & cell["lists"].keys():
                 numbers(results, cell["name"], metric)
         for name, found in seeds.items():
-            if None not in found and sorted(found) != list(range(results["sizes"]["seeds"])):
-                raise InputError(f"model {name} has the seeds {found}; allowed: 0, 1, ... as sizes say")
+            if sorted(found) != list(range(results["seeds"][name])):
+                raise InputError(f"model {name} has the seeds {found}; allowed: {results['seeds'][name]}")
         [
             results[name]
-            for name in ("command", "commits", "device", "cell_minutes", "grid", "extra", "claims")
+            for name in ("command", "commits", "device", "cell_minutes", "looks", "grid", "extra", "claims")
         ]
     except KeyError as error:
         raise InputError(f"{file}: has no {error}; run the recipe again") from None
@@ -192,10 +212,11 @@ def write_page(file, title, results, lines):
     ]
     figures = [f"![{one.stem}]({one.name})" for one in figures]
     sizes = ", ".join(f"{size} {value}" for size, value in results["sizes"].items())
+    looks = ", ".join(f"{split} {count}" for split, count in results["looks"].items())
     made = (
         f"`{results['command']}`, {results['device']}; {results['cell_minutes']} minutes of work, commits "
         f"{', '.join(results['commits'])}. Numbers of single problems are in [{file.name}]({file.name}). "
-        f"Sizes: {sizes}."
+        f"Sizes: {sizes}. Looks at the test problems: {looks}."
     )
     page.write_text("\n".join([f"# {title}", "", made, "", *lines, *figures, "", BY_HAND]) + by_hand)
     return page

@@ -27,6 +27,7 @@ class Worker:
     def __init__(self):
         self.lock, self.failure, self.children = threading.Lock(), None, []
         self.one_thread = True  # a script takes one thread: the others are for those beside it
+        self.worked = False  # was a cell made, other than found whole
 
     def once(self, folder, line, inputs, work, *, fresh):
         """Call work(log file) unless the folder's mark names the same command and inputs already."""
@@ -36,6 +37,7 @@ class Worker:
             return
         if self.failure:
             raise self.failure
+        self.worked = True
         folder.mkdir(parents=True, exist_ok=True)
         mark.unlink(missing_ok=True)
         print(line, flush=True)

@@ -1,23 +1,25 @@
 """What the shipped base models were made from: tokenizer, config.json and texts.
 
     python -m minicot.toy.base_text --rows 60000 --out runs/base-text
-    python train.py --init runs/base-text/config.json --data runs/base-text/text.jsonl --out runs/base \\
+    python train.py --init runs/base-text/config.json --data runs/base-text/text.jsonl --out runs/text \\
         --batch-size 64 --lr 3e-3 --save-every 0
+    stage() { python train.py --mode plain --no-group-by-length --save-every 0 "$@"; }
+    stage --init runs/text --data runs/base-text/pairs.jsonl --out runs/pairs
+    stage --init runs/pairs --data runs/base-text/recall.jsonl --out runs/recall
+    stage --init runs/recall --data runs/base-text/words.jsonl --out runs/base
 
     python -m minicot.toy.base_text --pictures --rows 40000 --out runs/seeing
-    stage() { python train.py --mode plain --no-group-by-length --save-every 0 --feature-layer -1 "$@"; }
-    stage --init toy --vision runs/seeing/tower/config.json --data runs/seeing/captions.jsonl --lr 1.5e-3 \\
+    see() { stage --feature-layer -1 --lr 1.5e-3 "$@"; }
+    see --init runs/text --vision runs/seeing/tower/config.json --data runs/seeing/captions.jsonl \\
         --out runs/captions
-    stage --init toy --data runs/seeing/pairs.jsonl --out runs/pairs
-    stage --init runs/pairs --data runs/seeing/recall.jsonl --out runs/recall
-    stage --init runs/recall --vision runs/captions --data runs/seeing/tables.jsonl --lr 1.5e-3 \\
-        --out runs/tables
-    stage --init runs/tables --data runs/seeing/readings.jsonl --lr 1.5e-3 --out runs/readings
-    stage --init runs/readings --data runs/seeing/solutions.jsonl --lr 1.5e-3 --out runs/vision-base
+    see --init runs/recall --vision runs/captions --data runs/seeing/tables.jsonl --out runs/tables
+    see --init runs/tables --data runs/seeing/readings.jsonl --out runs/readings
+    see --init runs/readings --data runs/seeing/solutions.jsonl --out runs/vision-base
 
-The first pair made the text base (--init toy). Its text is the world's language and arithmetic, not its
-reasoning: problems as they are told, one comparison said twice, sums, differences, products and halves, and
-questions that are answered by reading one fact. No row computes a quantity that a problem asks for.
+The first made the text base (--init toy). Its text is the world's language and arithmetic, not its reasoning:
+problems as they are told, one comparison said twice, sums, differences, products and halves, and questions
+that are answered by reading one fact. No row computes a quantity that a problem asks for. Then it learns to
+look a number up by its name (pairs, recall), and once more the text, of which that drill costs some (words).
 
 The others give it eyes (--init toy-vision), as LLaVA does it: a random tower learns to see from captions
 alone; a language model that can look up takes that tower and projector, and learns to read pictures; and both
@@ -175,12 +177,14 @@ def base_rows(n):
     return rows
 
 
-# What gives the text base eyes: file -> its size n for each of --rows, the first picture or scene (the first
-# 20,000 of the train split are data.py's), and the rows of each kind for each of n.
+# What the two bases learn, one after the other: file -> its size n for each of --rows, the first picture or
+# scene (the first 20,000 of the train split are data.py's), and the rows of each kind for each of n.
+DRILLS = {
+    "pairs": (1 / 3, 0, {"echo": 1}),
+    "recall": (14 / 15, 0, {"echo": 0.2, "say": 0.2, "plain": 0.2, "lines": 0.4}),
+}
 STAGES = {
     "captions": (1.0, 20_000, {"caption": 1}),
-    "pairs": (0.5, 0, {"echo": 1}),
-    "recall": (1.4, 0, {"echo": 0.2, "say": 0.2, "plain": 0.2, "lines": 0.4}),
     "tables": (
         1.5,
         20_000,
@@ -340,6 +344,14 @@ def seeing_rows(n, start, shares):
     return list({row["id"]: row for row in rows}.values())
 
 
+def word_rows(n):
+    """n rows: seven tenths the text once more, the rest recall, in mixed order."""
+    rng, kinds = random.Random("words 0"), ["lines"] * (n // 4) + ["plain"] * (n // 20)
+    rows = base_rows(n - len(kinds)) + [{"question": "", **recall(rng, how)} for how in kinds]
+    rng.shuffle(rows)
+    return rows
+
+
 def train_tokenizer(texts):
     """Byte-level BPE: the world's words are one token each, so is each digit; any text round-trips."""
     backend = tokenizers.Tokenizer(models.BPE())
@@ -366,7 +378,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=60_000)
-    parser.add_argument("--pictures", action="store_true", help="what makes the vision base of the text base")
+    parser.add_argument("--pictures", action="store_true", help="what gives the text base eyes")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -379,6 +391,9 @@ def main():
             rows = seeing_rows(int(times * args.rows), start, shares)
             write_rows(list(as_files(rows, args.out / "pictures")), args.out / f"{name}.jsonl")
         return
+    for name, (times, start, shares) in DRILLS.items():
+        write_rows(seeing_rows(round(times * args.rows), start, shares), args.out / f"{name}.jsonl")
+    write_rows(word_rows(round(args.rows * 2 / 3)), args.out / "words.jsonl")
     rows = base_rows(args.rows)
     words = [
         row_of(make_scene(seed), wording=wording)["solution"] for seed in range(300) for wording in WORDINGS
