@@ -550,6 +550,7 @@ def test_responses_of_a_server_are_graded_like_our_own(serve, tmp_path):
     assert len(server.seen) == 30 and (tmp_path / "s.jsonl").read_bytes() == before
     assert_one_line_error(sample(server, *argv, "--seed", 1, cwd=tmp_path), "other settings", "--overwrite")
     assert_one_line_error(sample(server, *argv, cwd=tmp_path, model="big"), "other settings")
+    assert_one_line_error(sample(serve(teacher), *argv, cwd=tmp_path), "other settings")
     assert (tmp_path / "s.jsonl").read_bytes() == before and len(server.seen) == 30
 
 
@@ -661,6 +662,12 @@ def test_a_dry_run_prints_the_requests_and_sends_nothing(serve, tmp_path, monkey
     assert sorted(map(key, printed)) == sorted(key(request.body) for request in server.seen)
     done = sample(server, *argv, "--dry-run", cwd=tmp_path)
     assert "6 requests, 6 of them cached" in done.stdout and len(server.seen) == 6
+
+
+def test_a_cache_that_cannot_be_written_ends_the_run_in_one_line(serve, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = sample(serve(teacher), "--limit", 6, "--cache", "file", "--out", "s.jsonl", cwd=tmp_path)
+    assert_one_line_error(done, "Not a directory")
 
 
 def test_a_typed_question_is_put_to_a_server(serve, tmp_path):
