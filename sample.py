@@ -7,6 +7,7 @@
     python sample.py --image picture.png "How many apples does Tom have?"        # a vision-language model
     python sample.py --verifier runs/dpo --ref runs/sft --samples runs/samples.jsonl --out runs/scored.jsonl
     python sample.py --assess --model runs/sft --samples runs/samples.jsonl --out runs/assessed.json
+    python sample.py --endpoint http://localhost:8000/v1 --model NAME --n 8 --out runs/samples.jsonl
 
 `samples` is one problem's Samples, `sampled` a list or a stream of them.
 """
@@ -18,11 +19,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiti
 import dataclasses
 import itertools
 import json
+import re
 import shlex
 import shutil
 import sys
 import textwrap
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -30,11 +33,12 @@ import torch
 from tqdm import tqdm
 
 from minicot.answers import STYLES
+from minicot.chat import Endpoint, describe_failures, many, picture
 from minicot.config import SampleConfig, check, run
-from minicot.data import grade_answers, image_reader, readable, render
+from minicot.data import IMAGE, grade_answers, image_reader, open_pictures, readable, render, seed_of
 from minicot.errors import InputError
 from minicot.metrics import accuracy, assessment, degeneration, majority_accuracy, pass_at_k
-from minicot.records import Problem, read_samples, samples_to_row
+from minicot.records import Problem, Response, Samples, read_samples, samples_to_row
 from minicot.sampling import sample_groups
 from minicot.sets import default_length, read_problems, style_of
 from minicot.tokenizer import Tokenizer
@@ -117,23 +121,77 @@ def show(sampled):
         print(f"{sum(marks)} of {len(marks)} responses are right")
 
 
-def report_unread(sampled, then=""):
-    """Say which problems had a picture that could not be read."""
-    unread = [samples for samples in sampled if samples.error]
-    if unread:
+def report_unanswered(sampled, then=""):
+    """Say which problems got no response: a picture that can't be read, a server that does not answer."""
+    unanswered = [samples for samples in sampled if samples.error]
+    if unanswered:
         print(
-            f"{len(unread)} of {len(sampled)} problems without a response, as their picture can't be read"
-            f"{then}; the first is {unread[0].problem.id!r}: {unread[0].error}"
+            f"{len(unanswered)} of {len(sampled)} problems without a response{then}; "
+            f"the first is {unanswered[0].problem.id!r}: {unanswered[0].error}"
         )
+
+
+# ---- a server's responses ------------------------------------------------------------------------
+
+
+def messages_of(problem, mode):
+    """A problem's turns as a server takes them, each picture in the place of its placeholder."""
+    turns = [*(problem.history or []), {"role": "user", "content": render(problem, mode)}]
+    if not problem.images:
+        return turns
+    try:
+        opened = list(map(picture, open_pictures(problem.images)))
+    except OSError as error:
+        raise InputError(str(error)) from None
+    texts = [re.split(f"({IMAGE})", turn["content"]) for turn in turns]
+    places = sum(text.count(IMAGE) for text in texts)
+    if places != len(opened):
+        raise InputError(f"{places} {IMAGE} in the text, {len(opened)} pictures; allowed: one for each")
+    part = lambda text: opened.pop(0) if text == IMAGE else {"type": "text", "text": text.strip()}
+    contents = [[part(piece) for piece in text if piece.strip()] for text in texts]
+    return [{"role": turn["role"], "content": content} for turn, content in zip(turns, contents)]
+
+
+def sample_server(server, problems, *, n, mode, seed, grade, limit, dry_run=False):
+    """Graded Samples of the problems, n responses each from an Endpoint but for those whose request failed;
+    where all did, `error` says why. Says what was asked, and what failed. InputError where nothing was
+    answered. dry_run prints the requests and sends nothing."""
+    jobs = [(problem, j) for problem in problems for j in range(n)]
+
+    def ask(job, how=server.answer):
+        problem, j = job
+        return how(messages_of(problem, mode), seed=seed_of(seed, problem.id, j) % 2**31)
+
+    if dry_run:
+        for job in jobs:
+            print(ask(job, server.preview))
+        return print(
+            f"{len(jobs)} requests, {server.events.count('cached')} of them cached; nothing was sent"
+        )
+    replies, sampled = list(many(ask, jobs, limit=limit)), []
+    for i, problem in enumerate(problems):
+        own = replies[i * n : (i + 1) * n]
+        responses = [Response(one.text, finish=one.finish) for one in own if not isinstance(one, InputError)]
+        sampled += grade([Samples(problem, responses, error=None if responses else str(own[0]))])
+    failed, counts = describe_failures(replies), Counter(server.events)
+    missing = sum(not samples.responses for samples in sampled)
+    print(
+        f"{counts['sent']} requests sent, {counts['again']} of them again; {counts['cached']} replies from "
+        f"the cache, {counts['corrupt']} corrupt ones in it"
+        + (f"\n{failed}\n{missing} of {len(sampled)} problems without a response" if failed else "")
+    )
+    if missing == len(sampled):
+        raise InputError(f"no response from {server.address}; {sampled[0].error}")
+    return sampled
 
 
 # ---- samples.jsonl -------------------------------------------------------------------------------
 
 
-def write_samples(path, draw, problems, settings, overwrite):
+def write_samples(path, draw, problems, settings, overwrite, whole):
     """Stream draw(problems) to a JSON-lines file; problems that it holds already are not sampled again.
     Settings stand beside it in <path>.settings.json; going on with other settings or another model is
-    refused."""
+    refused. `whole`: what draw makes is all of the file, but for problems without a response."""
     path, beside, done = Path(path), Path(f"{path}.settings.json"), set()
     if path.is_dir():
         raise InputError(f"--out {path} is a folder, expected a file")
@@ -143,19 +201,22 @@ def write_samples(path, draw, problems, settings, overwrite):
                 f"--out {path} was made with other settings or another model ({beside}); "
                 "allowed: the same, --overwrite, or another file"
             )
-        drop_unfinished_line(path)
-        done = {samples.problem.id for samples in read_samples(path)} if path.stat().st_size else set()
+        if not whole:
+            drop_unfinished_line(path)
+            done = {samples.problem.id for samples in read_samples(path)} if path.stat().st_size else set()
     path.parent.mkdir(parents=True, exist_ok=True)
     left = [problem for problem in problems if problem.id not in done]
-    print(f"{len(left)} problems to sample, {len(done)} are in {path} already")
-    stream = draw(left)
+    if not whole:
+        print(f"{len(left)} problems to sample, {len(done)} are in {path} already")
+    stream = iter(draw(left))
     first = next(stream, None)  # what is there is only replaced once there is something new
     write_json(beside, settings)
     with open(path, "a" if done else "w", encoding="utf-8") as file:
         sampled = itertools.chain([first] if first else [], stream)
         for samples in tqdm(sampled, total=len(left), unit="problem", disable=None):
-            file.write(json.dumps(samples_to_row(samples), ensure_ascii=False) + "\n")
-            file.flush()
+            if samples.responses or not whole:
+                file.write(json.dumps(samples_to_row(samples), ensure_ascii=False) + "\n")
+                file.flush()
     return read_samples(path)
 
 
@@ -175,12 +236,13 @@ def summarise(greedy, sampled, k):
     problem without a response counts as wrong."""
     responses = [samples.first for samples in greedy]
     share, low, high = accuracy([response.correct for response in responses])
+    spoken = [r.text.split() if r.ids is None else r.ids for r in responses]  # a server keeps its ids: words
     metrics = {
         "accuracy": share,
         "low": low,
         "high": high,
         "problems": len(responses),
-        **degeneration([r.ids for r in responses], [r.answer for r in responses]),
+        **degeneration(spoken, [response.answer for response in responses]),
         "unfinished": sum(response.finish == "length" for response in responses) / len(responses),
     }
     if sampled:
@@ -198,11 +260,11 @@ def summarise(greedy, sampled, k):
     return metrics
 
 
-def evaluate(config, draw, problems, folder):
+def evaluate(config, draw, problems, source):
     """Greedy accuracy and, with --n over 1, majority@n and pass@k of the problems -> a file and two lines."""
     without = [problem.id for problem in problems if problem.answer is None]
     check(not without, "--evaluate", "given", f"problems with an answer ({len(without)} have none)")
-    out, start = Path(config.out or folder / "results.json"), time.perf_counter()
+    out, start = Path(config.out or source / "results.json"), time.perf_counter()
     ours = out.suffix == ".json" and (not out.exists() or "metrics" in read_json(out))
     if out.exists() and not ours and not config.overwrite:
         raise InputError(f"--out {out} holds no results of sample.py; allowed: another file, --overwrite")
@@ -216,17 +278,18 @@ def evaluate(config, draw, problems, folder):
         "right": [[sum(r.correct for r in samples.responses), config.n] for samples in sampled],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {**about(config, folder), "metrics": metrics, **lists})
+    write_json(out, {**about(config, source), "metrics": metrics, **lists})
     interval = f"[{metrics['low']:.1%}, {metrics['high']:.1%}]"
+    unit = "words" if config.endpoint else "tokens"
     print(
-        f"{folder}: greedy accuracy {metrics['accuracy']:.1%} {interval} on {len(problems)} problems; "
-        f"missing answers {metrics['missing_answers']:.1%}, mean length {metrics['mean_length']:.1f} tokens"
+        f"{source}: greedy accuracy {metrics['accuracy']:.1%} {interval} on {len(problems)} problems; "
+        f"missing answers {metrics['missing_answers']:.1%}, mean length {metrics['mean_length']:.1f} {unit}"
         f", repeated 4-grams {metrics['repeated_4grams']:.1%}"
     )
     if config.n > 1:
         passes = ", ".join(f"pass@{k} {share:.1%}" for k, share in metrics["pass"].items())
         print(f"majority@{config.n} {metrics['majority']:.1%}; {passes}")
-    report_unread(greedy, " (they count as wrong)")
+    report_unanswered(greedy, " (they count as wrong)")
     print(f"{time.perf_counter() - start:.0f} s -> {out}")
 
 
@@ -291,6 +354,38 @@ def assess_samples(config, device):
 
 # ---- the script ----------------------------------------------------------------------------------
 
+ASKS_A_SERVER = ("concurrency", "timeout", "dry_run", "cache")  # flags that a model folder has no use for
+ASKS_A_FOLDER = ("verifier", "assess", "chat_template", "device", "dtype", "batch_size", "blind")  # a server
+
+
+def of_folder(config, device, *, temperature, length, **asking):
+    """(its name, what its samples depend on, draw) of a model folder; draw(problems, n, temperature) ->
+    Samples."""
+    folder = find_model(config.model)
+    print(f"model: {folder}")
+    model, tokenizer, reader = load(folder, config, device)
+    asking |= dict(top_k=config.top_k, top_p=config.top_p, batch_size=config.batch_size)
+    asking |= dict(max_new_tokens=length, reader=reader and dataclasses.replace(reader, blind=config.blind))
+    made_by = {"model": str(folder), "weights": weights_digest(folder), "tokenizer": tokenizer.fingerprint}
+
+    def draw(problems, n=config.n, temperature=temperature):
+        return sample_groups(model, tokenizer, problems, n=n, temperature=temperature, **asking)
+
+    return folder, made_by, draw
+
+
+def of_server(config, *, temperature, length, style, **asking):
+    """The same of an --endpoint's model."""
+    settings = dict(top_p=config.top_p, top_k=config.top_k, max_tokens=length, timeout=config.timeout)
+    server = Endpoint(config.endpoint, config.model, cache=config.cache or None, **settings)
+    print(f"model: {config.model} at {server.address}")
+    asking |= dict(limit=config.concurrency, dry_run=config.dry_run)
+
+    def draw(problems, n=config.n, temperature=temperature):
+        return sample_server(dataclasses.replace(server, temperature=temperature), problems, n=n, **asking)
+
+    return config.model, {"endpoint": server.address}, draw
+
 
 def main(config):
     on_toy = config.data in ("toy", "toy-pictures") and config.question is None
@@ -302,6 +397,14 @@ def main(config):
         flag, value = "--" + name.replace("_", "-"), getattr(config, name)
         check(getattr(config, mode) or not value, flag, value, f"only with --{mode}")
     check(not (config.assess and config.verifier), "--assess", "given", "no --verifier beside it")
+    for name in ASKS_A_FOLDER if config.endpoint else ASKS_A_SERVER:
+        flag, value = "--" + name.replace("_", "-"), getattr(config, name)
+        allowed = f"only with{'out' if config.endpoint else ''} --endpoint"
+        check(value == getattr(SampleConfig, name), flag, value, allowed)
+    if config.endpoint:
+        check(config.model, "--model", config.model, "the name that --endpoint has for its model")
+        check(config.out or not config.evaluate, "--out", "", "a file, for --evaluate with --endpoint")
+        check(not (config.evaluate and config.dry_run), "--dry-run", "given", "without --evaluate")
     device = pick_device(config.device)
     if config.assess or config.verifier:
         return assess_samples(config, device) if config.assess else verify(config, device)
@@ -312,42 +415,39 @@ def main(config):
         problems = [Problem(id="typed", question=config.question, **image if config.image else {})]
     else:
         problems = read_problems(config.data, config.split, limit=config.limit or (5 if showing else 0))
-    folder = find_model(config.model)
-    print(f"model: {folder}")
-    model, tokenizer, reader = load(folder, config, device)
-    settings = dict(
+    default = 0.0 if showing and config.n == 1 else 1.0
+    grader = grade_steps if config.reward == "steps" else grade_answers
+    asking = dict(
         mode=config.mode,
         style=style,
-        top_k=config.top_k,
-        top_p=config.top_p,
         seed=config.seed,
-        batch_size=config.batch_size,
-        max_new_tokens=config.max_new_tokens or default_length(config.data),
-        grade=partial(grade_steps, mode=config.mode, style=style) if config.reward == "steps" else None,
-        reader=reader and dataclasses.replace(reader, blind=config.blind),
+        temperature=default if config.temperature is None else config.temperature,
+        length=config.max_new_tokens or default_length(config.data),
+        grade=partial(grader, mode=config.mode, style=style),
     )
-
-    default = 0.0 if showing and config.n == 1 else 1.0
-    temperature = default if config.temperature is None else config.temperature
-
-    def draw(problems, n=config.n, temperature=temperature):
-        return sample_groups(model, tokenizer, problems, n=n, temperature=temperature, **settings)
-
-    if config.evaluate:
-        evaluate(config, draw, problems, folder)
+    of_model = partial(of_server, config) if config.endpoint else partial(of_folder, config, device)
+    source, made_by, draw = of_model(**asking)
+    if config.dry_run:
+        draw(problems)
+    elif config.evaluate:
+        evaluate(config, draw, problems, source)
     elif config.out:
-        free = ("out", "overwrite", "limit", "batch_size")  # may change when sampling goes on
+        free = (
+            "endpoint",
+            "out",
+            "overwrite",
+            "limit",
+            "batch_size",
+            *ASKS_A_SERVER,
+        )  # may change on the way
         recorded = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
-        recorded |= {
-            "model": str(folder),
-            "weights": weights_digest(folder),
-            "tokenizer": tokenizer.fingerprint,
-        }
-        sampled = write_samples(config.out, draw, problems, recorded, config.overwrite)
-        graded = [r.correct for samples in sampled for r in samples.responses if r.correct is not None]
+        whole = bool(config.endpoint)  # what it has answered comes from the cache
+        sampled = write_samples(config.out, draw, problems, recorded | made_by, config.overwrite, whole)
+        responses = [response for samples in sampled for response in samples.responses]
+        graded = [response.correct for response in responses if response.correct is not None]
         share = f", {sum(graded) / len(graded):.1%} of them right" if graded else ""
-        print(f"{len(sampled)} problems, {config.n} responses each{share} -> {config.out}")
-        report_unread(sampled)
+        print(f"{len(sampled)} problems, {len(responses)} responses{share} -> {config.out}")
+        report_unanswered(sampled)
     else:
         show(draw(problems))
 

@@ -202,6 +202,9 @@ class SampleConfig(Flags):
     blind: bool = flag("data", False, "control: grey pictures instead of the problems' own")
     samples: str = flag("data", "", "samples.jsonl that --verifier or --assess scores")
     model: str = flag("model", "", "model folder (default: runs/aft, else runs/sft, made if absent)")
+    endpoint: str = flag(
+        "model", "", "URL of an OpenAI-compatible server, whose --model is asked (its key: MINICOT_API_KEY)"
+    )
     chat_template: str = CHAT_TEMPLATE
     verifier: str = flag("model", "", "DPO model: adds log pi - log pi_ref to --samples -> --out")
     ref: str = flag("model", "", "--verifier: its reference, the folder that DPO started from")
@@ -230,7 +233,11 @@ class SampleConfig(Flags):
         "method", "correct", "of a response; steps = the toy step oracle's grade"
     )
     batch_size: int = flag("loop", 64, "sequences decoded together (a problem's n always are)", least=1)
+    concurrency: int = flag("loop", 8, "--endpoint: requests under way at a time", least=1, most=64)
+    timeout: float = flag("loop", 120.0, "--endpoint: seconds without a byte, then again", above=0)
     seed: int = flag("loop", 0, "each problem derives its own from it and its id", least=0, most=2**31)
+    dry_run: bool = flag("output", False, "--endpoint: print the requests and send nothing")
+    cache: str = flag("output", "runs/chat", "--endpoint: folder of replies, not asked for twice ('' = none)")
     out: str = flag("output", "", "samples (jsonl), or results with --evaluate (MODEL/results.json)")
     overwrite: bool = flag("output", False, "start --out again instead of going on with it")
 

@@ -163,11 +163,7 @@ class ImageReader:
 
     def pixels(self, images):
         """[(picture, root)] -> list of (C,H,W). InputError or OSError names the one that can't be read."""
-        opened = [
-            pictures.draw(name[4:]) if name.startswith("toy:") else load_image(name, root)
-            for name, root in images
-        ]
-        pixels = [self.processor(image) for image in opened]
+        pixels = [self.processor(image) for image in open_pictures(images)]
         for (name, _), (_, H, W) in zip(images, (one.shape for one in pixels)):
             if (H, W) != (self.side, self.side):
                 raise InputError(
@@ -184,6 +180,14 @@ class ImageReader:
                 "pictures; allowed: one for each, or none in the question"
             )
         return [token for i in ids for token in [i] * (self.n_tokens if i == self.token_id else 1)]
+
+
+def open_pictures(images):
+    """[(picture, root)] -> RGB pictures of PIL. InputError or OSError names the one that can't be read."""
+    return [
+        pictures.draw(name[4:]) if name.startswith("toy:") else load_image(name, root)
+        for name, root in images
+    ]
 
 
 def image_reader(model, tokenizer, folder):

@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "sampling": {"errors", "model", "vision", "tokenizer", "answers", "records", "data"},
     "verifier": {"errors", "model", "vision", "tokenizer", "answers", "records", "data", "losses", "scoring"},
     "metrics": {"answers"},
+    "chat": {"errors"},
     "training": {"errors"},
     "runs": {"config", "errors", "tokenizer", "training", "weights"},
     "evaluation": {"data", "metrics", "runs", "sampling", "scoring", "sets", "training", "weights"},
@@ -112,7 +113,7 @@ def test_files_stay_within_their_budgets():
     total = sum(map(statements, core)) + sum(
         statements(ROOT / name) for name in SCRIPTS if (ROOT / name).exists()
     )
-    assert total <= 3600, total
+    assert total <= 3825, total
     assert sum(map(statements, sources(toy))) <= 900
     assert sum(map(statements, sources(recipes))) <= 1000
 
