@@ -150,9 +150,9 @@ class Experiment(Worker):
         seconds, is written into a file once."""
         if not self.toy:
             return dict(data=self.data, split=split, limit=limit)
-        rows = [fields_of(problem) for problem in read_problems(self.data, split, limit=limit)]
-        file = self.write(re.sub(r"\W+", "-", f"{split} {limit}") + ".jsonl", rows)
-        return dict(data=file, max_new_tokens=default_length(self.data))
+        rows = map(fields_of, read_problems(self.data, split, limit=limit))
+        data = self.write(re.sub(r"\W+", "-", f"{split} {limit}") + ".jsonl", rows)
+        return dict(data=data, max_new_tokens=default_length(self.data))
 
     def write(self, name, rows):
         """A JSON-lines file for all seeds, written at once -> its path."""
@@ -364,8 +364,10 @@ class Experiment(Worker):
             torch.set_num_threads(1)
         with ThreadPoolExecutor(self.args.jobs) as pool:
             try:
-                grid = self.choose(pool)
                 jobs = [(cell, s) for cell in self.models for s in range(self.size.seeds) if s < cell.seeds]
+                first = lambda job: None if job[0].grid or job[0].at else self.path(*job)
+                list(pool.map(first, jobs))  # what the others wait for, side by side
+                grid = self.choose(pool)
                 cells = list(pool.map(lambda job: self.row(*job), jobs))
                 more = extra(self) if extra else {}
             except BaseException as error:
@@ -405,9 +407,10 @@ class Experiment(Worker):
         """A hash of the built-in world and of its base model; None of other data."""
         if not self.toy:
             return None
-        problems = [(p.question, p.answer, p.solution) for p in read_problems(self.data, "test", limit=50)]
-        texts = json.dumps([problems, weights_digest(resolve(self.init))])
-        return hashlib.sha256(texts.encode()).hexdigest()[:16]
+        told = [(p.question, p.answer, p.solution) for p in read_problems(self.data, "test", limit=50)]
+        return hashlib.sha256(json.dumps([told, weights_digest(resolve(self.init))]).encode()).hexdigest()[
+            :16
+        ]
 
 
 DRAW = {"batch_size": 256}  # sequences decoded together
