@@ -12,17 +12,29 @@ golden/grpo_golden.json holds what TRL's GRPOTrainer computes of the same tensor
 `python -m tests.test_grpo` writes it anew, and a test compares with TRL itself.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import math
+import signal
 import tempfile
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import align
+from minicot.config import AlignConfig
+from minicot.data import Row, collate
 from minicot.losses import clipped, group_advantages, grpo_loss, k3
+from minicot.records import Problem, Response, Samples
+from minicot.runs import Run, checkpoints
+from minicot.tokenizer import Tokenizer
+from minicot.training import make_optimizer
+from tests.helpers import assert_one_line_error, jsonl, script
+from tests.test_align import BASE, lines, small_policy
 from tests.test_losses import INF, NAN, close, f64, grad, leaf
 
 FILE = Path(__file__).parent / "golden" / "grpo_golden.json"
@@ -365,9 +377,14 @@ TRL_CASES = {  # name -> TRL's settings and ours; max_completion_length is 6, th
 LONGEST, REWARDS = 6, [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]]
 
 
-def trl_inputs():
+def made_up():
     """12 responses of up to LONGEST tokens to 3 questions, behind one prompt token, in float32."""
-    policy, old, ref, _, _ = random_step(20, N=12, T=1 + LONGEST, dtype=torch.float32)
+    tensors = random_step(20, N=12, T=1 + LONGEST, dtype=torch.float32)[:3]
+    return [[[round(x, 4) for x in row] for row in tensor.tolist()] for tensor in tensors]
+
+
+def trl_inputs(numbers):
+    policy, old, ref = map(torch.tensor, numbers)
     mask = torch.arange(1 + LONGEST) <= torch.tensor([6, 1, 3, 2, 5, 4, 6, 2, 1, 3, 4, 5])[:, None]
     mask[:, 0] = False
     return policy, old, ref, mask
@@ -445,9 +462,9 @@ def trl_on(case, policy, old, ref, mask):
     return made["advantages"].view(3, 4), trainer._compute_loss(trainer.model, made)
 
 
-def measured(side, case):
+def measured(side, case, numbers):
     """(advantages, loss, gradient by the policy's log-probabilities)."""
-    policy, *others = trl_inputs()
+    policy, *others = trl_inputs(numbers)
     policy = leaf(policy, torch.float32)
     advantages, loss = side(case, policy, *others)
     return advantages, loss.detach(), grad(loss, policy)[0]
@@ -456,26 +473,363 @@ def measured(side, case):
 @pytest.mark.parametrize("case", TRL_CASES)
 def test_advantages_loss_and_gradient_equal_trls(case):
     pytest.importorskip("trl")
-    for ours, theirs in zip(measured(ours_on, case), measured(trl_on, case)):
+    for ours, theirs in zip(*(measured(side, case, made_up()) for side in (ours_on, trl_on))):
         close(ours, theirs, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", TRL_CASES)
 def test_advantages_loss_and_gradient_equal_what_trl_has_computed(case):
-    golden = json.loads(FILE.read_text())["cases"][case]
-    for ours, name in zip(measured(ours_on, case), ("advantages", "loss", "gradient")):
-        close(ours, golden[name], rtol=2e-5, atol=1e-6)
+    golden = json.loads(FILE.read_text())
+    found = measured(ours_on, case, golden["inputs"])
+    for ours, name in zip(found, ("advantages", "loss", "gradient")):
+        close(ours, golden["cases"][case][name], rtol=2e-5, atol=1e-6)
+
+
+# ---- align.py --method grpo ----------------------------------------------------------------------
+
+LOGGED = {"loss", "reward", "length", "entropy", "clip_share", "kl", "dead_groups", "dead_groups_left"}
+LOGGED |= {"resampled", "unreadable", "cut_off", "rollout_tokens_per_s", "train_tokens_per_s", "tokens_per_s"}
+FIRST_HALF = lambda response: float(response.ids[0] < 256)  # a random policy gets about half of it right
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return small_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture
+def first_half(monkeypatch):
+    reward_by(monkeypatch, FIRST_HALF)
+
+
+def reward_by(monkeypatch, reward):
+    """What a paper's own reward is: one function in a row of METHODS."""
+    row = dataclasses.replace(align.METHODS["grpo"], reward=reward)
+    monkeypatch.setitem(align.METHODS, "grpo", row)
+
+
+def run_grpo(policy, *argv, cwd):
+    common = ["--method", "grpo", "--init", policy, "--device", "cpu", "--steps", 4, "--batch-size", 2]
+    common += ["--k", 4, "--limit", 20, "--max-new-tokens", 3, "--eval-split", "", "--out", "out"]
+    return script("align.py", *common, *argv, cwd=cwd)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("normalisation", align.NORMALISATIONS)
+def test_each_normalisation_trains_and_logs(policy, first_half, tmp_path, normalisation):
+    argv = [
+        "--normalisation",
+        normalisation,
+        "--updates",
+        2,
+        "--kl",
+        0.1,
+        "--clip-high",
+        0.28,
+        "--resample",
+        1,
+    ]
+    done = run_grpo(policy, *argv, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    log = lines(tmp_path)
+    assert [line["step"] for line in log] == [1, 2, 3, 4] and all(LOGGED <= line.keys() for line in log)
+    assert log[0]["kl"] == 0 < log[3]["kl"] and log[0]["clip_share"] == log[2]["clip_share"] == 0
+    assert log[0]["reward"] == log[1]["reward"] and log[0]["entropy"] > 0 and 1 <= log[0]["length"] <= 3
+    before, after = weights(policy), weights(tmp_path / "out")
+    assert before.keys() == after.keys() and any(not torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_ratio_is_exactly_1_at_the_first_step_on_each_batch_of_rollouts(
+    policy, first_half, tmp_path, monkeypatch, dtype
+):
+    apart = []
+
+    def watched(logps, old, *arguments, **settings):
+        apart.append((logps - old).detach().abs().max().item())
+        return grpo_loss(logps, old, *arguments, **settings)
+
+    monkeypatch.setattr(align, "grpo_loss", watched)
+    argv = ["--updates", 2, "--accumulate", 2, "--lr", 1e-2, "--dtype", dtype, "--temperature", 0.7]
+    assert run_grpo(policy, *argv, cwd=tmp_path).returncode == 0
+    first, second = apart[0:2] + apart[4:6], apart[2:4] + apart[6:8]
+    assert len(apart) == 8 and first == [0.0] * 4 and min(second) > 0
+
+
+def test_the_loop_finds_what_is_rewarded(policy, first_half, tmp_path, monkeypatch):
+    """A bandit through the whole script: each answer begins with one of 512 tokens, half of which win."""
+    argv = ["--steps", 40, "--batch-size", 4, "--k", 8, "--lr", 3e-2, "--max-new-tokens", 1]
+    assert run_grpo(policy, *argv, cwd=tmp_path).returncode == 0
+    rewards = [line["reward"] for line in lines(tmp_path)]
+    assert 0.3 < rewards[0] < 0.7 and sum(rewards[-5:]) / 5 > 0.9
+    reward_by(monkeypatch, lambda response: -FIRST_HALF(response))  # the control
+    assert run_grpo(policy, *argv, "--out", "other", cwd=tmp_path).returncode == 0
+    assert sum(line["reward"] for line in lines(tmp_path, "other")[-5:]) / 5 > -0.1
+
+
+def test_accumulation_gives_the_big_batch(policy, first_half, tmp_path):
+    for normalisation in align.NORMALISATIONS:
+        argv = [
+            "--normalisation",
+            normalisation,
+            "--updates",
+            2,
+            "--batch-size",
+            4,
+            "--kl",
+            0.1,
+            "--overwrite",
+        ]
+        for out, accumulate in (("one", 1), ("two", 3)):
+            more = ["--accumulate", accumulate, "--max-new-tokens", 8, "--out", out]
+            assert run_grpo(policy, *argv, *more, cwd=tmp_path).returncode == 0
+        for name in ("grad_norm", "length", "reward", "entropy"):
+            one, two = ([line[name] for line in lines(tmp_path, out)] for out in ("one", "two"))
+            assert one == pytest.approx(two, rel=1e-4), (normalisation, name)
+
+
+def test_a_stopped_and_resumed_run_ends_with_the_same_bits(policy, first_half, tmp_path):
+    argv = ["--updates", 2, "--kl", 0.1, "--resample", 1, "--steps", 7, "--lr", 1e-2]
+    assert run_grpo(policy, *argv, cwd=tmp_path).returncode == 0
+    assert run_grpo(policy, *argv, "--out", "halves", "--stop-at", 4, cwd=tmp_path).returncode == 0
+    done = run_grpo(policy, *argv, "--out", "halves", "--resume", cwd=tmp_path)
+    assert done.returncode == 0 and "steps 5 to 7" in done.stdout, done.stderr
+    one, two = weights(tmp_path / "out"), weights(tmp_path / "halves")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    timeless = [
+        [{k: v for k, v in line.items() if not k.endswith("per_s")} for line in lines(tmp_path, out)]
+        for out in ("out", "halves")
+    ]
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 7
+    other = jsonl(tmp_path / "other.jsonl", {"question": "How many?", "answer": "3"})
+    done = run_grpo(policy, *argv, "--out", "halves", "--resume", "--data", other, cwd=tmp_path)
+    assert_one_line_error(done, "--resume: data is")
+
+
+def test_steps_that_share_rollouts_are_not_parted(policy, tmp_path):
+    """A checkpoint holds no rollouts: it, --stop-at and a signal wait for the last step on them."""
+    config = AlignConfig(out=str(tmp_path / "run"), save_every=3)
+    model = torch.nn.Linear(2, 2)
+    optimizer = make_optimizer(model, 1e-3, 0.0)
+    with Run(config) as run:
+        saved = []
+        for step in range(1, 9):
+            run.end_step(step, 12, model, optimizer, together=2)
+            saved.append(max(checkpoints(run.out), default=0))
+        assert saved == [0, 0, 0, 4, 4, 6, 6, 6]
+        run.signal = signal.SIGTERM
+        run.end_step(9, 12, model, optimizer, together=2)
+        with pytest.raises(SystemExit) as stop:
+            run.end_step(10, 12, model, optimizer, together=2)
+        assert stop.value.code == 128 + signal.SIGTERM and list(checkpoints(run.out)) == [10]
+
+
+def test_a_reference_is_loaded_only_for_a_kl_term(policy, first_half, tmp_path, monkeypatch):
+    loaded, load = [], align.load_model
+    monkeypatch.setattr(align, "load_model", lambda f, **k: loaded.append(str(f)) or load(f, **k))
+    assert run_grpo(policy, cwd=tmp_path).returncode == 0
+    assert loaded == [str(policy)] and all(line["kl"] is None for line in lines(tmp_path))
+    loaded.clear()
+    assert run_grpo(policy, "--kl", 0.1, "--ref", BASE, "--overwrite", cwd=tmp_path).returncode == 0
+    assert loaded == [str(policy), str(BASE)] and lines(tmp_path)[0]["kl"] > 0  # another model: apart at once
+
+
+def test_a_run_of_dead_groups_learns_nothing_and_ends_well(policy, tmp_path, monkeypatch):
+    """A random policy is never right, nor is it by a reward that is always 0.7."""
+    for out, reward in (("wrong", align.outcome), ("same", lambda response: 0.7)):
+        reward_by(monkeypatch, reward)
+        assert run_grpo(policy, "--out", out, cwd=tmp_path).returncode == 0
+        log = lines(tmp_path, out)
+        assert all(line["loss"] == line["grad_norm"] == 0 and line["dead_groups"] == 1 for line in log)
+        before, after = weights(policy), weights(tmp_path / out)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert {line["cut_off"] for line in lines(tmp_path, "wrong")} <= {1.0, 0.875}  # of 3 tokens at most
+
+
+def test_what_was_cut_off_is_wrong():
+    assert align.outcome(Response("#### 7", True)) == 1
+    assert align.outcome(Response("#### 7 and so", True, finish="length")) == 0
+    assert align.outcome(Response("#### 8", False)) == align.outcome(Response("?", None)) == 0
+
+
+# ---- rollouts ------------------------------------------------------------------------------------
+
+
+def test_no_batch_of_rollouts_asks_a_problem_twice():
+    """Asked twice in a step, it would give the same responses twice, as their seeds are the same."""
+    config = AlignConfig(method="grpo", steps=11, updates=2, batch_size=4)
+    plan = align.plan_rollouts(10, config)
+    assert len(plan) == 6 and {len(batch) for batch in plan} == {2, 4}
+    for one_pass in (plan[:3], plan[3:]):
+        assert sorted(number for batch in one_pass for number in batch) == list(range(10))
+    assert plan[:3] != plan[3:] and plan == align.plan_rollouts(10, config)
+    other = dataclasses.replace(config, steps=0, epochs=0.5, seed=1)
+    assert len(align.plan_rollouts(10, other)) == 2  # half of 3, rounded up
+    assert align.plan_rollouts(10, other) != plan[:2]
+    assert [sorted(batch) for batch in align.plan_rollouts(3, config)] == [[0, 1, 2]] * 6
+
+
+def roll_out(monkeypatch, live, resample, step=1, chosen=(0, 1, 2), n_problems=8):
+    """align.roll_out with a sampler whose groups are dead but those of the problems in `live` ->
+    (the problems' numbers that are left, what is logged, the numbers in each call of the sampler)."""
+    calls = []
+
+    def sample_groups(model, tokenizer, problems, *, n, seed, **asking):
+        calls.append([int(problem.id) for problem in problems])
+        for problem in problems:
+            marks = [int(problem.id) in live and i == 0 for i in range(n)]
+            cut = "length" if problem.id == "1" else "stop"
+            yield Samples(
+                problem, [Response(f"{i}", mark, ids=[5, 6, 7], finish=cut) for i, mark in enumerate(marks)]
+            )
+
+    monkeypatch.setattr(align, "sample_groups", sample_groups)
+    problems = [Problem(f"{i}", "How many?", "3") for i in range(n_problems)]
+    config = AlignConfig(method="grpo", k=2, resample=resample)
+    reward = lambda response: float(response.correct)
+    left, about = align.roll_out(
+        torch.nn.Linear(1, 1), None, problems, list(chosen), step, config, {}, reward
+    )
+    return [int(samples.problem.id) for samples in left], about, calls
+
+
+def test_dead_groups_are_replaced_by_other_problems_a_bounded_number_of_times(monkeypatch):
+    left, about, calls = roll_out(monkeypatch, live={0}, resample=0)
+    assert left == [0, 1, 2] and calls == [[0, 1, 2]]
+    assert about["dead_groups"] == about["dead_groups_left"] == 2 / 3 and about["resampled"] == 0
+    assert about["cut_off"] == 1 / 3 and about["rollout_tokens_per_s"] > 0
+    left, about, calls = roll_out(monkeypatch, live={0}, resample=2)
+    assert [len(call) for call in calls] == [3, 2, 2] and left[0] == 0 and left[1:] == calls[2]
+    drawn = [number for call in calls for number in call]
+    assert len(set(drawn)) == 7 and about["resampled"] == 4
+    assert about["dead_groups"] == 6 / 7 and about["dead_groups_left"] == 2 / 3
+    left, about, calls = roll_out(monkeypatch, live=set(range(8)) - {1}, resample=5)
+    assert [len(call) for call in calls] == [3, 1] and left == [0, calls[1][0], 2]
+    assert about["dead_groups_left"] == 0 and about["dead_groups"] == 1 / 4
+
+
+def test_dynamic_sampling_ends_when_no_other_problem_is_left(monkeypatch):
+    left, about, calls = roll_out(monkeypatch, live=set(), resample=100, n_problems=5)
+    assert calls[0] == [0, 1, 2] and sorted(calls[1]) == [3, 4] and len(calls) == 2
+    assert about["resampled"] == 2 and about["dead_groups_left"] == 1
+    assert roll_out(monkeypatch, live=set(), resample=9, n_problems=3)[2] == [[0, 1, 2]]
+
+
+def test_what_takes_the_dead_ones_place_depends_on_the_step_alone(monkeypatch):
+    others = [roll_out(monkeypatch, set(), 1, step=step, n_problems=50)[2][1] for step in (1, 1, 2)]
+    assert others[0] == others[1] != others[2]
+
+
+def test_a_picture_that_is_gone_costs_its_own_problem_alone(monkeypatch):
+    def sample_groups(model, tokenizer, problems, **_):
+        for problem in problems:
+            responses = [Response("3", mark, ids=[5]) for mark in (True, False)]
+            yield Samples(problem, responses) if problem.id in live else Samples(problem, error="gone.png")
+
+    monkeypatch.setattr(align, "sample_groups", sample_groups)
+    problems = [Problem(name, "How many?", "3") for name in "ab"]
+    arguments = [
+        torch.nn.Linear(1, 1),
+        None,
+        problems,
+        [0, 1],
+        3,
+        AlignConfig(method="grpo"),
+        {},
+        align.outcome,
+    ]
+    live = "b"
+    left, about = align.roll_out(*arguments)
+    assert [samples.problem.id for samples in left] == ["b"] and about["unreadable"] == 1
+    live = ""
+    with pytest.raises(align.InputError, match="step 3: no problem has a response; the first: gone.png"):
+        align.roll_out(*arguments)
+
+
+def test_repeated_and_empty_responses_are_trained_as_often_as_they_were_drawn(policy):
+    tokenizer = Tokenizer(policy)
+    ids = tokenizer.encode("3") + [tokenizer.eos_id]
+    drawn = [("3", ids, "stop"), ("3", ids, "stop"), ("", ids[-1:], "stop"), ("3", ids[:-1], "length")]
+    responses = [Response(text, False, 0.0, ids=ids, finish=finish) for text, ids, finish in drawn]
+    rows = align.as_drawn(tokenizer, Samples(Problem("1", "How many?", "3"), responses), "cot")
+    assert [row.ids[row.n_prompt :] for row in rows] == [
+        ids,
+        ids,
+        ids[-1:],
+        ids[:-1],
+    ]  # EOS where it was drawn
+
+
+def test_the_temperature_reaches_the_sampler(policy, first_half, tmp_path):
+    """Nearly greedy: all responses to a question are the same one, so that no group is alive."""
+    assert run_grpo(policy, "--temperature", 1e-4, "--steps", 1, cwd=tmp_path).returncode == 0
+    assert lines(tmp_path)[0]["dead_groups"] == 1
+
+
+def test_peek_shows_the_first_rollouts(policy, first_half, tmp_path):
+    done = run_grpo(policy, "--peek", 1, "--steps", 2, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("  reward ") == 4, done.stdout
+
+
+def test_what_is_logged_of_a_policy_by_hand():
+    rows = [[Row("1", [9, 1], 1, 1.0, True), Row("1", [9, 1, 2, 3], 1, 0.0, False)]]
+    micro = align.Micro(collate(rows, 0))
+    micro.old_token_logps = -f64([[0, 1, 0, 0], [0, 2, 3, 6]])
+    micro.ref_token_logps = micro.old_token_logps
+    logps = micro.old_token_logps + f64([[0, 0.5, 9, 9], [0, -0.5, 0.5, 0.0]])
+    config = AlignConfig(method="grpo", kl=0.1)
+    table = align.tabulate(logps, micro, 2.0, True)
+    watched = align.watch_policy([table], config)
+    k3s = [math.exp(-0.5) + 0.5 - 1, math.exp(0.5) - 0.5 - 1, math.exp(-0.5) + 0.5 - 1, 0.0]
+    expected = dict(reward=0.5, length=2.0, entropy=12 / 4, clip_share=2 / 4, kl=sum(k3s) / 4)
+    assert watched == pytest.approx(expected)  # clipped: the right one's token, the wrong one's first
+    assert align.watch_policy([table], AlignConfig(method="grpo"))["kl"] is None
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        (["--samples", "s.jsonl"], ["--samples is 's.jsonl'", "grpo draws its own responses", "--data"]),
+        (["--ref-logps", "r.safetensors"], ["--ref-logps"]),
+        (["--truncate-words", 5], ["--truncate-words"]),
+        (["--ref", BASE], ["--ref", "--kl 0 loads no reference"]),
+        (["--constraint", "detached"], ["--constraint", "none, for grpo"]),
+        (["--sft-weight", 1], ["--sft-weight", "grpo has no SFT term"]),
+        (["--updates", 2, "--stop-at", 3], ["--stop-at is 3", "multiple of --updates (2)"]),
+        (["--updates", 0], ["--updates is 0", "at least 1"]),
+        (["--k", 1], ["--k is 1"]),
+        (["--kl", -0.1], ["--kl is -0.1"]),
+        (["--clip-low", 1.5], ["--clip-low is 1.5"]),
+        (["--temperature", 0], ["--temperature is 0.0", "above 0"]),
+        (["--normalisation", "bnpo"], ["--normalisation", "bnpo"]),
+        (["--max-new-tokens", 4000], ["4000 new ones do not fit into the context"]),
+        (["--data", "q.jsonl"], ["--data", "problems with an answer, 1 have none"]),
+        (["--method", "aft", "--kl", 0.1], ["--kl is 0.1", "its default, 0.0: aft does not use it"]),
+        (["--method", "dpo", "--updates", 2], ["--updates is 2", "its default, 1"]),
+    ],
+)
+def test_bad_input_ends_in_one_line(policy, tmp_path, argv, parts):
+    jsonl(tmp_path / "q.jsonl", {"question": "Why?"}, {"question": "How many?", "answer": "3"})
+    assert_one_line_error(run_grpo(policy, *argv, cwd=tmp_path), *parts)
+    assert not (tmp_path / "out").exists()
 
 
 if __name__ == "__main__":
-    results = {}
+    inputs, results = made_up(), {}
     for case in TRL_CASES:
-        numbers = [[round(x, 8) for x in value.flatten().tolist()] for value in measured(trl_on, case)]
+        numbers = [
+            [round(x, 8) for x in value.flatten().tolist()] for value in measured(trl_on, case, inputs)
+        ]
         results[case] = dict(
             advantages=[numbers[0][i : i + 4] for i in (0, 4, 8)],
             loss=numbers[1][0],
             gradient=[numbers[2][i : i + 1 + LONGEST] for i in range(0, len(numbers[2]), 1 + LONGEST)],
         )
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("trl", "torch"))
-    made = f"python -m tests.test_grpo: TRL's GRPOTrainer._compute_loss on trl_inputs(), float32; {versions}"
-    FILE.write_text(json.dumps({"made": made, "cases": results}) + "\n")
+    made = (
+        f"python -m tests.test_grpo: TRL's GRPOTrainer, float32 ({versions}); inputs: policy, old, reference"
+    )
+    FILE.write_text(json.dumps({"made": made, "inputs": inputs, "cases": results}) + "\n")
