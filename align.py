@@ -189,7 +189,7 @@ class Micro:
     batch: Batch
     ref_logps: torch.Tensor | None = None  # (N,) sums under the reference
     ref_token_logps: torch.Tensor | None = None  # (N,T) the same of tokens
-    old_token_logps: torch.Tensor | None = None  # (N,T) under the policy before the first step on them
+    old_token_logps: torch.Tensor | None = None  # (N,T) under the policy, at the loop's first look at them
 
     def move(self, device):
         self.batch = self.batch.to(device)
@@ -220,7 +220,10 @@ def from_policy(model, ref_model, problems, batches, steps, config, tokenizer, a
     """The other source: a batch of problems gets --k responses each from the policy as it is, when the loop
     asks for them, and they serve for --updates steps. ref_model: None with --kl 0.
 
-    A response's seed comes from --seed, the step and its problem, so that a resumed run draws the same."""
+    A response's seed comes from --seed, the step and its problem, so that a resumed run draws the same. What
+    the sampler saw of their probabilities is not used: it computes them in another order, which rounds
+    otherwise, and at --temperature, while the loop trains the policy at temperature 1. The old
+    log-probabilities are those that the loop itself finds before its first step on these groups."""
     device = next(model.parameters()).device
     for step in steps:
         if (step - 1) % config.updates == 0:
@@ -573,8 +576,9 @@ def main(config):
         if method.reward:
             load_ref = partial(load_model, dtype=torch.float32, device=device)
             ref_model = load_ref(resolve(config.ref or folder)) if config.kl else None
-            told = (config, tokenizer, asking, method.reward)
-            source = from_policy(model, ref_model, problems, batches, steps, *told)
+            source = from_policy(
+                model, ref_model, problems, batches, steps, config, tokenizer, asking, method.reward
+            )
         else:
             source = from_samples(groups, ref, batches, steps, config, tokenizer, reader)
         progress = tqdm(steps, unit="step", disable=None)
@@ -590,10 +594,8 @@ def main(config):
             for micro in micros:
                 with autocast(config, device):
                     logps = score(model, micro.batch)
-                if (
-                    micro.old_token_logps is None
-                ):  # new groups. Not what the sampler saw, which rounds otherwise
-                    micro.old_token_logps = logps.detach()  # (and has a temperature): the ratio begins at 1
+                if micro.old_token_logps is None:  # new groups: GRPO's ratio begins at exactly 1
+                    micro.old_token_logps = logps.detach()
                 table = tabulate(logps, micro, mean_length, config.reference_in_positives)
                 part = sft_term(table, method, config.sft_weight, n_sft, len(ids))
                 if method.loss:

@@ -326,7 +326,7 @@ def k3(token_logps, ref_token_logps):
 
 
 def clipped(token_logps, old_token_logps, advantages, *, clip_low=0.2, clip_high=0.2):
-    """Which tokens `grpo_loss` no longer pushes, with gradient 0: (N, T), (N, T), (N, T) -> bool (N, T)."""
+    """Which tokens `grpo_loss` no longer pushes: (N, T), (N, T), (N, T) or (N, 1) -> bool (N, T)."""
     log_ratio = _wide(token_logps) - _wide(old_token_logps)
     too_high = (advantages > 0) & (log_ratio > math.log1p(clip_high))
     return too_high | ((advantages < 0) & (log_ratio < _log_floor(clip_low)))

@@ -604,9 +604,16 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(policy, first_half, t
         for out in ("out", "halves")
     ]
     assert timeless[0] == timeless[1] and len(timeless[0]) == 7
-    other = jsonl(tmp_path / "other.jsonl", {"question": "How many?", "answer": "3"})
-    done = run_grpo(policy, *argv, "--out", "halves", "--resume", "--data", other, cwd=tmp_path)
-    assert_one_line_error(done, "--resume: data is")
+
+
+def test_a_run_is_not_resumed_on_other_answers(policy, first_half, tmp_path):
+    rows = [{"question": "How many?", "answer": "3"}, {"question": "And now?", "answer": "4"}]
+    argv = ["--data", jsonl(tmp_path / "q.jsonl", *rows)]
+    assert run_grpo(policy, *argv, "--stop-at", 2, cwd=tmp_path).returncode == 0
+    jsonl(tmp_path / "q.jsonl", rows[0], rows[1] | {"answer": "5"})
+    assert_one_line_error(run_grpo(policy, *argv, "--resume", cwd=tmp_path), "--resume: data_digest is")
+    jsonl(tmp_path / "q.jsonl", *rows)
+    assert run_grpo(policy, *argv, "--resume", cwd=tmp_path).returncode == 0
 
 
 def test_steps_that_share_rollouts_are_not_parted(policy, tmp_path):
