@@ -1,14 +1,17 @@
-"""Learn from groups of responses: RFT, DPO, IPO, RRHF, PRO and AFT, each with or without a constraint.
+"""Learn from groups of responses: RFT, DPO, IPO, RRHF, PRO and AFT on given ones, GRPO on the policy's own.
 
     python align.py                                 # AFT on what train.py left -> runs/aft; before and after
     python align.py --method dpo --beta 0.1 --init runs/sft --samples runs/samples.jsonl --out runs/dpo
     python align.py --method rrhf --constraint boundary --margin 0.1
+    python align.py --method grpo --normalisation dapo --clip-high 0.28 --resample 4
 
 A new loss is one pure function in minicot/losses.py and one row in METHODS below; the loop does not change.
 B groups (problems), K responses of the largest, N rows (all responses), T tokens.
 """
 
+import math
 import os
+import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep, not spin
 
@@ -17,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -27,13 +31,13 @@ from minicot.data import Batch, ahead, check_pictures, collate, encode_row, imag
 from minicot.data import peek, readable, schedule, seed_of, target, longest_row, to_groups, truncate_words
 from minicot.errors import InputError
 from minicot.evaluation import compare, how_to_ask, keep_before, measure
-from minicot.losses import aft_loss, better_than, dpo_loss, ipo_loss, pro_loss, rrhf_loss, sequence_logps
-from minicot.losses import sft_loss
+from minicot.losses import aft_loss, better_than, clipped, dpo_loss, group_advantages, grpo_loss, ipo_loss
+from minicot.losses import k3, pro_loss, rrhf_loss, sequence_logps, sft_loss
 from minicot.metrics import repeated_4grams
 from minicot.records import read_samples, samples_to_row
-from minicot.sampling import sample_groups
+from minicot.sampling import encode_prompts, sample_groups
 from minicot.scoring import score
-from minicot.sets import read_problems, refuse_shared
+from minicot.sets import default_length, read_problems, refuse_shared
 from minicot.tokenizer import Tokenizer
 from minicot.runs import Log, Run, check_out, load_checkpoint, write_jsonl, written_beside
 from minicot.training import autocast, clip_gradients, digest_of, make_optimizer, pick_device
@@ -55,6 +59,9 @@ class Groups(NamedTuple):
     present: torch.Tensor  # (B,K) bool: takes part in the ranking
     better: torch.Tensor  # (B,K,K) bool: response i is strictly better than response j
     token_logps: torch.Tensor  # (N,T) log-probability of each token, for what needs more than sums
+    old_token_logps: torch.Tensor  # (N,T) the same before the first step on these groups
+    ref_token_logps: torch.Tensor | None  # (N,T) the same under the reference model, where GRPO has one
+    mean_length: float  # scored tokens a response, in all of the step
     batch: Batch  # whose rows they are: loss_mask (N,T), group and slot (N,), correct (B,K), ...
 
 
@@ -69,6 +76,41 @@ class Method:
     constraint: str | None = None  # as in its paper; None: it takes no constraint
     pairs: bool = False  # groups are right x wrong pairs, the chosen one first
     ref: bool = False  # needs a reference model
+    reward: Callable | None = None  # Response -> float: on-policy, groups are drawn in the loop; see roll_out
+
+
+NORMALISATIONS = {  # of GRPO: scale of the advantages, denominator; the equations stand in losses.grpo_loss
+    "grpo": ("std", lambda g, c: None),
+    "dr-grpo": ("none", lambda g, c: c.max_new_tokens),
+    "dapo": ("std", lambda g, c: g.mean_length),
+}
+
+
+def advantages(g, c):
+    """(N,) of each response, under --normalisation."""
+    scale, _ = NORMALISATIONS[c.normalisation]
+    return group_advantages(g.rewards, g.present, scale=scale)[g.batch.group, g.batch.slot]
+
+
+def grpo(g, c, _):
+    """GRPO's loss a group, the mean over its responses. (Each group has --k of them, so the mean over the
+    groups is the mean over the step's responses.)"""
+    _, denominator = NORMALISATIONS[c.normalisation]
+    losses = grpo_loss(
+        g.token_logps,
+        g.old_token_logps,
+        g.ref_token_logps,
+        advantages(g, c),
+        g.batch.loss_mask,
+        **dict(clip_low=c.clip_low, clip_high=c.clip_high, kl=c.kl, denominator=denominator(g, c)),
+    )
+    return to_groups(losses, g.batch).sum(1) / g.present.sum(1)
+
+
+def outcome(response):
+    """GRPO's reward of a response: 1 where its final answer is right, else 0. One that was cut off is wrong,
+    whatever stands in it: it never came to its end, and rewarded it would learn to go on."""
+    return float(bool(response.correct) and response.finish == "stop")
 
 
 METHODS = {  # g: Groups, c: the flags, k: constraint and margin
@@ -84,23 +126,27 @@ METHODS = {  # g: Groups, c: the flags, k: constraint and margin
         **dict(pairs=True, ref=True, constraint="none"),
     ),
     "ipo": Method(lambda g, c, k: ipo_loss(g.logps, g.ref_logps, beta=c.beta), pairs=True, ref=True),
+    "grpo": Method(grpo, reward=outcome),
 }
 
 
-def tabulate(token_logps, batch, ref_logps, reference_in_positives):
-    """Token log-probabilities (N,T) of a batch -> Groups. ref_logps: (N,) sums, or None."""
-    present = batch.present
+def tabulate(token_logps, micro, mean_length, reference_in_positives):
+    """Token log-probabilities (N,T) of a Micro -> Groups."""
+    batch, present = micro.batch, micro.batch.present
     if not reference_in_positives:
         present = present & ~to_groups(batch.is_reference.long(), batch).bool()
     sums = to_groups(sequence_logps(token_logps, batch.loss_mask, reduce="sum"), batch)
     return Groups(
         scores=to_groups(sequence_logps(token_logps, batch.loss_mask, reduce="mean"), batch),
         logps=sums,
-        ref_logps=torch.zeros_like(sums) if ref_logps is None else to_groups(ref_logps, batch),
+        ref_logps=torch.zeros_like(sums) if micro.ref_logps is None else to_groups(micro.ref_logps, batch),
         rewards=batch.rewards,
         present=present,
         better=better_than(batch.rewards, present),
         token_logps=token_logps,
+        old_token_logps=micro.old_token_logps,
+        ref_token_logps=micro.ref_token_logps,
+        mean_length=mean_length,
         batch=batch,
     )
 
@@ -135,30 +181,120 @@ def sft_term(table, method, weight, n_tokens, n_groups):
 # ---- where a step's groups come from -------------------------------------------------------------
 
 
+@dataclass
+class Micro:
+    """Groups that run through the model together, one of --accumulate parts of a step, and what is known of
+    them."""
+
+    batch: Batch
+    ref_logps: torch.Tensor | None = None  # (N,) sums under the reference
+    ref_token_logps: torch.Tensor | None = None  # (N,T) the same of tokens
+    old_token_logps: torch.Tensor | None = None  # (N,T) under the policy, at the loop's first look at them
+
+    def move(self, device):
+        self.batch = self.batch.to(device)
+        self.ref_logps = None if self.ref_logps is None else self.ref_logps.to(device)
+
+
 def from_samples(groups, ref, batches, steps, config, tokenizer, reader):
-    """A source of groups: yields each step's micro-batches, [(Batch, sums under the reference (N,) or None)].
+    """A source of groups: yields each step's ([Micro, ...], what to log of them).
+
     Here all groups are there before the first step, and the next step's are collated during this one. The
-    loop asks for a step's groups when the step before it is done: a source may also sample them then."""
+    loop asks for a step's groups when the step before it is done: from_policy samples them then."""
 
     def micro_batches(step):
         chosen = batches[step - 1]
         micros = [part for a in range(config.accumulate) if (part := chosen[a :: config.accumulate])]
         return [
-            (
+            Micro(
                 collate([groups[i] for i in micro], tokenizer.pad_id, reader),
                 torch.cat([ref[i] for i in micro]) if ref else None,
             )
             for micro in micros
-        ]
+        ], {}
 
     return ahead(micro_batches, steps)
+
+
+def from_policy(model, ref_model, problems, batches, steps, config, tokenizer, asking, reward):
+    """The other source: a batch of problems gets --k responses each from the policy as it is, when the loop
+    asks for them, and they serve for --updates steps. ref_model: None with --kl 0.
+
+    A response's seed comes from --seed, the step and its problem, so that a resumed run draws the same. What
+    the sampler saw of their probabilities is not used: it computes them in another order, which rounds
+    otherwise, and at --temperature, while the loop trains the policy at temperature 1. The old
+    log-probabilities are those that the loop itself finds before its first step on these groups."""
+    device = next(model.parameters()).device
+    for step in steps:
+        if (step - 1) % config.updates == 0:
+            chosen = batches[(step - 1) // config.updates]
+            sampled, about = roll_out(model, tokenizer, problems, chosen, step, config, asking, reward)
+            groups = [as_drawn(tokenizer, samples, config.mode) for samples in sampled]
+            if config.peek and step == 1:
+                peek(tokenizer, groups[: config.peek])
+            parts = [part for a in range(config.accumulate) if (part := groups[a :: config.accumulate])]
+            micros = [Micro(collate(part, tokenizer.pad_id, asking["reader"])) for part in parts]
+            for micro in micros if ref_model else []:
+                micro.move(device)
+                with torch.no_grad(), autocast(config, device):
+                    micro.ref_token_logps = score(ref_model, micro.batch)
+        yield micros, about
+
+
+def roll_out(model, tokenizer, problems, chosen, step, config, asking, reward):
+    """--k responses to each of the chosen problems (their numbers) -> (their Samples, what to log of them).
+
+    A group whose rewards are all equal is dead: its advantages are 0. DAPO's dynamic sampling: up to
+    --resample times, other problems, in an order that depends on seed and step, take the dead ones' places;
+    those that are dead in the end stay, so that a step has as many groups as ever."""
+    began, device, sampled, drawn = time.perf_counter(), next(model.parameters()).device, {}, []
+    settings = dict(n=config.k, temperature=config.temperature, **asking)
+    settings["seed"] = seed_of(config.seed, "rollouts", step)
+    dead = lambda samples: len({response.reward for response in samples.responses}) < 2
+    order = np.random.default_rng(seed_of(config.seed, "others", step)).permutation(len(problems)).tolist()
+    others = [i for i in order if i not in set(chosen)]
+    places, numbers = range(len(chosen)), chosen
+    for _ in range(1 + config.resample):
+        with autocast(config, device):
+            stream = sample_groups(model, tokenizer, [problems[i] for i in numbers], **settings)
+            for place, samples in zip(places, stream):
+                graded = [replace(r, reward=reward(r)) for r in samples.responses]
+                sampled[place] = replace(samples, responses=graded)
+                drawn.append(sampled[place])
+        places = [place for place in sampled if dead(sampled[place])][: len(others)]
+        numbers, others = others[: len(places)], others[len(places) :]
+        if not places:
+            break
+    responses = [response for samples in drawn for response in samples.responses]
+    seconds = time.perf_counter() - began
+    left = [samples for samples in sampled.values() if samples.responses]
+    if not left:
+        raise InputError(f"step {step}: no problem has a response; the first: {drawn[0].error}")
+    return left, {
+        "dead_groups": sum(map(dead, drawn)) / len(drawn),
+        "dead_groups_left": sum(map(dead, left)) / len(left),
+        "resampled": len(drawn) - len(chosen),
+        "unreadable": sum(not samples.responses for samples in drawn),
+        "cut_off": sum(response.finish == "length" for response in responses) / len(responses),
+        "rollout_tokens_per_s": round(sum(len(response.ids) for response in responses) / seconds, 1),
+    }
+
+
+def as_drawn(tokenizer, samples, mode):
+    """A Samples -> Rows of all its responses. Repeated and empty ones stay: they show how likely they are."""
+    asked, rows = (tokenizer, samples.problem), []
+    for r in samples.responses:
+        fields = dict(ids=r.ids, finish=r.finish, reward=r.reward, correct=r.correct)
+        rows.append(encode_row(*asked, r.text, mode=mode, **fields))
+    return rows
 
 
 def sample_now(run, folder, model, tokenizer, problems, asking, device):
     """--k responses a problem by the model itself -> Samples, in the run's samples.jsonl as well."""
     run.begin(folder)
     with autocast(run.config, device):
-        stream = sample_groups(model, tokenizer, problems, n=run.config.k, seed=run.config.seed, **asking)
+        settings = dict(n=run.config.k, temperature=run.config.temperature, seed=run.config.seed, **asking)
+        stream = sample_groups(model, tokenizer, problems, **settings)
         samples = list(tqdm(stream, total=len(problems), desc="sampling", unit="problem", disable=None))
     file = run.out / "samples.jsonl"
     write_jsonl(file, map(samples_to_row, samples))
@@ -197,12 +333,32 @@ def read_groups(config, method, samples, tokenizer, model, reader):
     return groups, counts
 
 
+def questions(config, model, tokenizer, problems, asking):
+    """Problems -> groups of one Row, the prompt and the gold answer: what an on-policy run is made from. What
+    cannot be graded, or has no room for a response, is refused before any work."""
+    lacking = sum(problem.answer is None for problem in problems)
+    check(not lacking, "--data", config.data, f"problems with an answer, {lacking} have none")
+    room = {name: asking[name] for name in ("mode", "max_new_tokens", "reader")}
+    encode_prompts(model, tokenizer, problems, **room)
+    return [[encode_row(tokenizer, p, p.answer, mode=config.mode)] for p in problems]
+
+
 def plan(groups, config):
     """Which groups make which step: a list of lists of indices."""
     n_groups = config.steps * config.batch_size or int(config.epochs * len(groups))
     check(n_groups > 0, "--epochs", config.epochs, f"enough for one of the {len(groups)} groups")
     lengths = [max(len(row.ids) for row in group) for group in groups]
     return schedule(lengths, config.batch_size, n_groups, seed_of(config.seed, "order"))
+
+
+def plan_rollouts(n_problems, config):
+    """Which problems each batch of rollouts asks: a list of lists of indices. Each pass is cut by itself, one
+    of its batches being smaller, so that none asks a problem twice (whose responses would be the same)."""
+    one_pass = [1] * n_problems, config.batch_size, n_problems  # like lengths: a random order alone
+    n_batches = math.ceil(n_problems / config.batch_size)
+    rounds = math.ceil(config.steps / config.updates) or math.ceil(config.epochs * n_batches)
+    seeds = [seed_of(config.seed, "order", number) for number in range(math.ceil(rounds / n_batches))]
+    return [batch for seed in seeds for batch in schedule(*one_pass, seed)][:rounds]
 
 
 # ---- reference log-probabilities: computed once, kept --------------------------------------------
@@ -266,6 +422,24 @@ def watch(tables, method, beta):
 
 
 @torch.no_grad()
+def watch_policy(tables, config):
+    """Of a step on the policy's own responses: mean reward and length; the mean of -log pi over their tokens
+    as the policy was when it drew them, at temperature 1 an unbiased estimate of its entropy; the share of
+    tokens that the clip has silenced; the mean k3, an estimate of the KL to the reference (None without)."""
+    at = [table.batch.loss_mask for table in tables]
+    tokens = lambda values: torch.cat([x[mask] for x, mask in zip(values, at)]).float().mean().item()
+    sides = [(t.token_logps, t.old_token_logps, advantages(t, config)[:, None]) for t in tables]
+    bounds = dict(clip_low=config.clip_low, clip_high=config.clip_high)
+    return {
+        "reward": torch.cat([t.rewards[t.present] for t in tables]).mean().item(),
+        "length": tables[0].mean_length,
+        "entropy": tokens([-t.old_token_logps for t in tables]),
+        "clip_share": tokens([clipped(*side, **bounds) for side in sides]),
+        "kl": tokens([k3(t.token_logps, t.ref_token_logps) for t in tables]) if config.kl else None,
+    }
+
+
+@torch.no_grad()
 def probe(model, tokenizer, problems, asking, config, device):
     """On held-out problems: accuracy, missing answers, repeated 4-grams, NLL of reference solutions."""
     with autocast(config, device):
@@ -294,13 +468,25 @@ def complete(config):
     range cannot say refused."""
     check(config.method in METHODS, "--method", config.method, ", ".join(METHODS))
     method = METHODS[config.method]
-    default = config.constraint == "default"
+    of_grpo = ("normalisation", "updates", "clip_low", "clip_high", "kl", "resample")
+    of_others = ("samples", "ref_logps", "truncate_words")
+    why = "draws its own responses, to the problems of --data" if method.reward else "does not use it"
+    for name in of_others if method.reward else of_grpo:
+        value, unset = getattr(config, name), getattr(AlignConfig, name)
+        allowed = f"its default, {unset!r}: {config.method} {why}"
+        check(value == unset, "--" + name.replace("_", "-"), value, allowed)
+    default, data = config.constraint == "default", config.data or ("" if config.samples else "toy")
     config = replace(
         config,
         constraint=(method.constraint or "none") if default else config.constraint,
-        data=config.data or ("" if config.samples else "toy"),
+        data=data,
+        max_new_tokens=config.max_new_tokens or (default_length(data) if method.reward else 0),
         out=config.out or f"runs/{config.method}",
     )
+    allowed = "nothing, as --kl 0 loads no reference"
+    check(config.kl or not (method.reward and config.ref), "--ref", config.ref, allowed)
+    allowed = f"a multiple of --updates ({config.updates}), whose steps share their rollouts"
+    check(config.stop_at % config.updates == 0, "--stop-at", config.stop_at, allowed)
     if method.constraint is None:
         check(config.constraint == "none", "--constraint", config.constraint, f"none, for {config.method}")
     allowed = "a number with --constraint boundary, and nothing without"
@@ -327,9 +513,10 @@ def load_policy(config, device):
     return folder, model, tokenizer, image_reader(model, tokenizer, folder)
 
 
-def read_data(config):
+def read_data(config, method):
     """(samples, none where they are still to be drawn; the problems to learn from; held-out problems)."""
-    file = config.samples or (Path(config.out) / "samples.jsonl" if config.resume else "")
+    before = config.resume and not method.reward
+    file = config.samples or (Path(config.out) / "samples.jsonl" if before else "")
     samples, held_out = read_samples(file) if file else [], []
     problems = [s.problem for s in samples] or read_problems(config.data, config.split, limit=config.limit)
     if config.data and config.eval_split:
@@ -355,7 +542,7 @@ def main(config):
     device, inputs = pick_device(config.device), [config.init, config.ref, config.samples, config.ref_logps]
     inputs = [path for path in inputs if path]
     check_out(config, inputs)
-    data = read_data(config)
+    data = read_data(config, method)
     folder, model, tokenizer, reader = load_policy(config, device)
     samples, problems, held_out = leave_out_unreadable(*data, reader)
     asking = how_to_ask(config, config.mode, reader)
@@ -363,9 +550,14 @@ def main(config):
     constrained = {"constraint": config.constraint, "margin": config.margin} if method.constraint else {}
 
     with Run(config, inputs) as run:
-        samples = samples or sample_now(run, folder, model, tokenizer, problems, asking, device)
-        groups, counts = read_groups(config, method, samples, tokenizer, model, reader)
-        batches = plan(groups, config)
+        if method.reward:
+            groups, counts = questions(config, model, tokenizer, problems, asking), {}
+            batches = plan_rollouts(len(problems), config)
+        else:
+            samples = samples or sample_now(run, folder, model, tokenizer, problems, asking, device)
+            groups, counts = read_groups(config, method, samples, tokenizer, model, reader)
+            batches = plan(groups, config)
+        n_steps = config.steps or len(batches) * config.updates
         run.begin(folder, digest_of(tokenizer, groups))
         ref = reference_logps(run, folder, tokenizer, groups, reader, device) if method.ref else None
         optimizer = make_optimizer(model, config.lr, config.weight_decay)
@@ -373,26 +565,38 @@ def main(config):
         log = Log(run.out / "metrics.jsonl", first)
         print(
             f"{config.method}, constraint {config.constraint}: {len(groups)} groups, "
-            f"{sum(map(len, groups))} responses; left out: {counts}; "
-            f"steps {first + 1} to {len(batches)} on {device}"
+            f"{f'{config.k} responses each' if method.reward else f'{sum(map(len, groups))} responses'}; "
+            f"left out: {counts}; steps {first + 1} to {n_steps} on {device}"
         )
         if held_out and not first:
             keep_before(run.out, evaluate(model))
 
         run.listen()
-        steps = range(first + 1, len(batches) + 1)
+        steps = range(first + 1, n_steps + 1)
+        if method.reward:
+            load_ref = partial(load_model, dtype=torch.float32, device=device)
+            ref_model = load_ref(resolve(config.ref or folder)) if config.kl else None
+            source = from_policy(
+                model, ref_model, problems, batches, steps, config, tokenizer, asking, method.reward
+            )
+        else:
+            source = from_samples(groups, ref, batches, steps, config, tokenizer, reader)
         progress = tqdm(steps, unit="step", disable=None)
-        source = from_samples(groups, ref, batches, steps, config, tokenizer, reader)
-        for step, micros in zip(progress, source):
-            lr = set_lr(optimizer, step, len(batches), config.warmup)
-            micros = [(batch.to(device), sums if sums is None else sums.to(device)) for batch, sums in micros]
-            ids = [problem_id for batch, _ in micros for problem_id in batch.problem_ids]
-            n_sft = sum(int(b.loss_mask[sft_rows(b, method.sft)].sum()) for b, _ in micros)
+        for step, (micros, about) in zip(progress, source):
+            began = time.perf_counter()
+            lr = set_lr(optimizer, step, n_steps, config.warmup)
+            for micro in micros:
+                micro.move(device)
+            ids = [problem_id for micro in micros for problem_id in micro.batch.problem_ids]
+            n_sft = sum(int(m.batch.loss_mask[sft_rows(m.batch, method.sft)].sum()) for m in micros)
+            mean_length = torch.cat([m.batch.loss_mask.sum(1) for m in micros]).double().mean().item()
             loss, tables = 0.0, []
-            for batch, ref_logps in micros:
+            for micro in micros:
                 with autocast(config, device):
-                    logps = score(model, batch)
-                table = tabulate(logps, batch, ref_logps, config.reference_in_positives)
+                    logps = score(model, micro.batch)
+                if micro.old_token_logps is None:  # new groups: GRPO's ratio begins at exactly 1
+                    micro.old_token_logps = logps.detach()
+                table = tabulate(logps, micro, mean_length, config.reference_in_positives)
                 part = sft_term(table, method, config.sft_weight, n_sft, len(ids))
                 if method.loss:
                     part = part + method.loss(table, config, constrained).sum() / len(ids)
@@ -405,14 +609,17 @@ def main(config):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            line = watch(tables, method, config.beta)
-            progress.set_postfix_str(f"loss {loss:.3f}, pairs in order {line['ranking_accuracy'] or 0:.0%}")
+            n_tokens = sum(int(micro.batch.pad_mask.sum()) for micro in micros)
+            line = about | {"train_tokens_per_s": round(n_tokens / (time.perf_counter() - began), 1)}
+            line |= watch(tables, method, config.beta)
+            line |= watch_policy(tables, config) if method.reward else {}
+            shown = "reward" if method.reward else "ranking_accuracy"
+            progress.set_postfix_str(f"loss {loss:.3f}, {shown.replace('_', ' ')} {line[shown] or 0:.0%}")
             due = config.probe_every and (step % config.probe_every == 0 or step in (1, steps[-1]))
             if held_out and due and not run.signal:
                 line |= probe(model, tokenizer, held_out[: config.probe_limit], asking, config, device)
-            n_tokens = sum(int(batch.pad_mask.sum()) for batch, _ in micros)
             log.write(step, n_tokens, loss=loss, lr=lr, grad_norm=grad_norm, **line)
-            run.end_step(step, len(batches), model, optimizer)
+            run.end_step(step, n_steps, model, optimizer, together=config.updates)
 
         run.finish(model, tokenizer, reader, log, device)
         if held_out:

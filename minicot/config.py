@@ -148,7 +148,8 @@ class AlignConfig(LoopConfig):
     split: str = changed(LOOP["split"], "train", "split to sample")
     limit: int = changed(LOOP["limit"], 1000, "problems to sample (0 = all; --samples are used whole)")
     samples: str = flag("data", "", "samples.jsonl, or {prompt, chosen, rejected} rows (default: sample now)")
-    k: int = flag("data", 8, "responses a problem when sampling now", least=2, most=10**4)
+    k: int = flag("data", 8, "responses a problem when sampling", least=2, most=10**4)
+    temperature: float = flag("data", 1.0, "of the sampling", above=0)
     eval_split: str = changed(LOOP["eval_split"], "test")
     eval_limit: int = changed(LOOP["eval_limit"], 500)
     probe_every: int = flag("data", 25, "steps between looks at held-out problems (0 = never)", least=0)
@@ -167,7 +168,17 @@ class AlignConfig(LoopConfig):
         "method", 0.0, "DPO: probability that a label is wrong (cDPO)", least=0, below=1
     )
     sft_weight: float | None = flag("method", None, "of the SFT term (default: the method's own)", least=0)
-    mode: Literal["cot", "direct", "plain"] = flag("method", "cot", "how the responses were asked for")
+    normalisation: Literal["grpo", "dr-grpo", "dapo"] = flag(
+        "method", "grpo", "GRPO: of advantages and loss, see grpo_loss in losses.py"
+    )
+    updates: int = flag("method", 1, "GRPO: optimizer steps on each batch of rollouts", least=1, most=10**4)
+    clip_low: float = flag("method", 0.2, "GRPO: the ratio is cut below 1 - this", least=0, most=1)
+    clip_high: float = flag("method", 0.2, "GRPO: ... and above 1 + this (DAPO: 0.28)", least=0)
+    kl: float = flag("method", 0.0, "GRPO: weight of the KL term (0 = no reference is loaded)", least=0)
+    resample: int = flag(
+        "method", 0, "GRPO: rounds in which other problems replace dead groups (DAPO; 0 = none)", least=0
+    )
+    mode: Literal["cot", "direct", "plain"] = flag("method", "cot", "how the responses are asked for")
     reference: bool = flag("method", True, "put a problem's own solution into its group")
     reference_in_positives: bool = flag(
         "method", True, "... and rank it as a right response (else SFT's target alone)"

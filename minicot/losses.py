@@ -8,10 +8,12 @@ What each paper does with these pairs:
     DPO    log(1 + e^(s_j - s_i)), a single pair                s = beta (log pi(y|x) - log pi_ref(y|x))
     PRO    sum over i of  log(1 + sum over j of e^(T_ij s_j - T_ii s_i))        T: gaps between the rewards
     AFT    log(1 + sum over pairs of e^(s_j - s_i))             one logarithm around all pairs of the group
+    GRPO   sum over pairs of  (r_i - r_j) (s_j - s_i) / K       linear: a policy gradient, where it starts
 
 Each of them pushes s_j, the worse response, down (RRHF while the order is wrong), and none bounds it from
-below, although most of a wrong solution is good language: a model can degenerate this way. AFT's point is the
-constraint, taken by all four:
+below, although most of a wrong solution is good language: a model can degenerate this way. GRPO's guard is
+where the responses come from: the policy draws them anew, so that what it no longer says is no longer pushed,
+and the clip ends a push that has moved far. AFT's point is the constraint, taken by the other four:
 
     "none"      the loss as its own paper has it
     "detached"  AFT 4.3.1: s_j is a constant wherever j plays the loser: same value, no push downwards
@@ -24,7 +26,8 @@ positions, NaN too, has no effect; a score in a pair that is NaN or infinite mak
 Group losses return one value a group; average outside.
 
 B groups   K response slots a group   N rows (responses)   T tokens   V vocabulary   better[i, j]: i beats j
-Papers (arXiv): DPO 2305.18290, IPO 2310.12036, RRHF 2304.05302, PRO 2306.17492, AFT 2309.02144.
+Papers (arXiv): DPO 2305.18290, IPO 2310.12036, RRHF 2304.05302, PRO 2306.17492, AFT 2309.02144,
+GRPO 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476.
 """
 
 import math
@@ -99,13 +102,7 @@ def better_than(rewards, present=None):
     Two levels of reward (right, wrong) give AFT's positives x negatives, more levels its ranking form. Ties
     never pair. The reward of a present response must be finite (ValueError), an absent slot holds anything.
     """
-    assert rewards.dim() == 2, f"rewards must be (B, K), found {tuple(rewards.shape)}"
-    present = torch.ones_like(rewards, dtype=torch.bool) if present is None else present
-    _check_mask("present", present, rewards)
-    bad = (present & ~rewards.isfinite()).nonzero().tolist()
-    if bad:
-        b, k = bad[0]
-        raise ValueError(f"rewards[{b}, {k}] is {rewards[b, k].item()}; a present reward must be finite")
+    present = _present(rewards, present)
     return (rewards[:, :, None] > rewards[:, None, :]) & present[:, :, None] & present[:, None, :]
 
 
@@ -225,6 +222,116 @@ def ipo_loss(logps, ref_logps, *, beta):
     return (h[:, 0] - h[:, 1] - 1 / (2 * beta)) ** 2
 
 
+# -------------------------------------------------------------------- losses on the policy's own responses
+
+
+def group_advantages(rewards, present=None, *, scale="std"):
+    """How much better than its group a response is: rewards (B, K), present bool (B, K) or None -> (B, K).
+
+        "std"   A_i = (r_i - mean) / (std + 1e-4)      GRPO (section 4.1.2), DAPO (Eq. 9); as TRL has it, std
+                                                       divides by K - 1 and 1e-4 keeps it off 0
+        "none"  A_i =  r_i - mean                      Dr. GRPO (section 3): without the std, which weighs
+                                                       nearly solved and nearly hopeless questions most
+
+    mean and std over the present responses of the group. A_i is the mean over j of r_i - r_j: pairs again. A
+    dead group (all rewards equal, one response, none) and an absent slot get exactly 0. The reward of a
+    present response must be finite (ValueError), an absent slot holds anything.
+    """
+    if scale not in ("std", "none"):
+        raise ValueError(f"scale is {scale!r}; allowed: 'std', 'none'")
+    present = _present(rewards, present)
+    count = present.sum(1, keepdim=True).clamp(min=1)
+    r = torch.where(present, _wide(rewards).detach(), -torch.inf)
+    r = torch.where(present, r - r.amax(1, keepdim=True), 0.0)  # equal rewards are exactly 0 from here on
+    centred = torch.where(present, r - r.sum(1, keepdim=True) / count, 0.0)
+    if scale == "none":
+        return centred
+    variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
+    return centred / (variance.sqrt() + 1e-4)
+
+
+def grpo_loss(
+    token_logps,
+    old_token_logps,
+    ref_token_logps,
+    advantages,
+    loss_mask,
+    *,
+    clip_low=0.2,
+    clip_high=0.2,
+    kl=0.0,
+    denominator=None,
+):
+    """GRPO (Eq. 3), the clipped policy gradient, and its descendants' normalisations: one value a response.
+
+        sum over its tokens of  -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) + kl k3
+        ---------------------------------------------------------------------------------------------
+                                             denominator
+
+        ratio = pi / pi_old      k3 = pi_ref / pi - log(pi_ref / pi) - 1, see `k3`
+
+                    denominator                                          advantages     clip_high    kl
+        GRPO        None: |o|, its own number of tokens                  "std"          = clip_low   0.04
+        Dr. GRPO    the largest number allowed, one for all responses    "none"         = clip_low   0
+        DAPO        tokens of the step / N: a mean over tokens           "std"          0.28         0
+
+    token_logps (N, T) of the policy, old_token_logps (N, T) of the policy that drew the responses,
+    ref_token_logps (N, T), or None with kl 0 (then it is not looked at), advantages (N,) or one a token
+    (N, T), loss_mask bool (N, T), denominator None or a number > 0 -> (N,); average over the step's N
+    responses. old, ref and advantages are constants.
+
+    By |o|, a token of a long wrong response weighs less than one of a short: wrong answers grow. A constant
+    ends that; over DAPO's tokens a long response counts for more in all.
+
+    At ratio 1, which is where a step begins, the gradient is that of -A log pi: RRHF's pairs without the
+    hinge (see the top). The clip ends a token's push once it has moved it by clip_low or clip_high in the
+    push's direction; against it nothing is cut. Computed as that, in log space: with A > 0 the minimum is
+    min(ratio, 1 + clip_high) A, with A < 0 max(ratio, 1 - clip_low) A; a ratio that overflows where it is cut
+    has gradient 0, not NaN. A dead group costs exactly 0, but for kl; a row without a scored token costs 0.
+    """
+    _check_mask("loss_mask", loss_mask, token_logps)
+    if advantages.dim() == 1:
+        advantages = advantages[:, None].expand(len(advantages), loss_mask.shape[1])
+    for name, x in (("old_token_logps", old_token_logps), ("advantages", advantages)):
+        assert x.shape == loss_mask.shape, f"{name} {tuple(x.shape)}, token_logps {tuple(token_logps.shape)}"
+    if not (0 <= clip_low <= 1 and clip_high >= 0):
+        raise ValueError(f"clip_low is {clip_low}, clip_high {clip_high}; allowed: 0 to 1, and 0 or more")
+    if not 0 <= kl < math.inf or (kl and ref_token_logps is None):
+        found = "no ref_token_logps" if ref_token_logps is None else "ref_token_logps"
+        raise ValueError(f"kl is {kl} with {found}; allowed: 0, or a finite number > 0 with ref_token_logps")
+    if denominator is not None and not 0 < denominator < math.inf:
+        raise ValueError(f"denominator is {float(denominator):g}; allowed: None, or a finite number > 0")
+
+    scored = lambda x: torch.where(loss_mask, _wide(x), 0.0)  # first of all: NaN elsewhere has no effect
+    logps, A = scored(token_logps), scored(advantages.detach())
+    log_ratio = logps - scored(old_token_logps.detach())
+    log_ratio = torch.where(log_ratio.isfinite(), log_ratio, torch.nan)  # the clip would hide the fault
+    rising, falling = log_ratio.clamp(max=math.log1p(clip_high)), log_ratio.clamp(min=_log_floor(clip_low))
+    cost = -A * torch.where(A < 0, falling, rising).exp()
+    if kl:
+        cost = cost + kl * k3(logps, scored(ref_token_logps))
+    return cost.sum(1) / (loss_mask.sum(1).clamp(min=1) if denominator is None else denominator)
+
+
+def k3(token_logps, ref_token_logps):
+    """Schulman's third estimate of KL(pi || pi_ref), at tokens drawn from pi: (N, T), (N, T) -> (N, T).
+
+        k3 = pi_ref / pi - log(pi_ref / pi) - 1                                                    GRPO, Eq. 4
+
+    Never negative, 0 where both agree; its mean over pi's own tokens is the KL. Its slope, 1 - pi_ref / pi,
+    is in the mean that of KL(pi_ref || pi). TRL corrects this by default (DeepSeek-V3.2: k3 times the ratio),
+    the paper does not, nor does `grpo_loss`."""
+    log_ratio = _wide(ref_token_logps).detach() - _wide(token_logps)
+    return log_ratio.expm1() - log_ratio
+
+
+def clipped(token_logps, old_token_logps, advantages, *, clip_low=0.2, clip_high=0.2):
+    """Which tokens `grpo_loss` no longer pushes: (N, T), (N, T), (N, T) or (N, 1) -> bool (N, T)."""
+    log_ratio = _wide(token_logps) - _wide(old_token_logps)
+    too_high = (advantages > 0) & (log_ratio > math.log1p(clip_high))
+    return too_high | ((advantages < 0) & (log_ratio < _log_floor(clip_low)))
+
+
 # -------------------------------------------------------------------- shared pieces
 
 
@@ -237,6 +344,23 @@ def _check_mask(name, mask, like):
     assert mask.shape == like.shape, f"{name} {tuple(mask.shape)} must have the shape {tuple(like.shape)}"
     if mask.dtype != torch.bool:
         raise ValueError(f"{name} is {mask.dtype}; a mask must be torch.bool")
+
+
+def _present(rewards, present):
+    """The mask (None: all), after refusing rewards of present responses that are not finite."""
+    assert rewards.dim() == 2, f"rewards must be (B, K), found {tuple(rewards.shape)}"
+    present = torch.ones_like(rewards, dtype=torch.bool) if present is None else present
+    _check_mask("present", present, rewards)
+    bad = (present & ~rewards.isfinite()).nonzero().tolist()
+    if bad:
+        b, k = bad[0]
+        raise ValueError(f"rewards[{b}, {k}] is {rewards[b, k].item()}; a present reward must be finite")
+    return present
+
+
+def _log_floor(clip_low):
+    """log(1 - clip_low), of clip_low 1 too."""
+    return math.log1p(-clip_low) if clip_low < 1 else -math.inf
 
 
 def _log_ratios(logps, ref_logps, beta):

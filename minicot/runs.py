@@ -220,11 +220,14 @@ class Run:
             signal.signal(number, handler)
         self.handlers = {}
 
-    def end_step(self, step, last, model, optimizer):
+    def end_step(self, step, last, model, optimizer, together=1):
         """Save a checkpoint where one is due. Where the run ends here (--stop-at, SIGTERM, SIGINT), save one,
-        say how to go on and exit: with code 0, or 128 + signal."""
+        say how to go on and exit: with code 0, or 128 + signal. `together` steps at a time share what a
+        checkpoint does not hold (responses drawn from the policy): all this waits for the last of them."""
         config, ends = self.config, self.signal or step == self.config.stop_at
-        if ends or (config.save_every and step % config.save_every == 0 and step < last):
+        if step % together:
+            return
+        if ends or (config.save_every and step % config.save_every < together and step < last):
             save_checkpoint(self.out, step, model, optimizer)
         if ends:
             name = f" by {signal.Signals(self.signal).name}" if self.signal else ""

@@ -247,6 +247,25 @@ def prefill(model, cache, slots, prompts, images):
     return model.head(hidden[torch.arange(len(unique), device=device), lengths - 1])[of]
 
 
+def encode_prompts(model, tokenizer, problems, *, mode, max_new_tokens, reader=None):
+    """Prompts as generate takes them, pictures' placeholders expanded: a list of ids a problem. InputError
+    where one does not fit into the context, with max_new_tokens behind it, or a picture cannot be seen."""
+    context, prompts = model.config.max_position_embeddings, []
+    for problem in problems:
+        prompt = tokenizer.encode(prompt_text(tokenizer, problem, mode))
+        if reader is not None:
+            prompt = reader.expand(prompt, problem.id, len(problem.images))
+        elif problem.images:
+            raise InputError(f"problem {problem.id!r} has a picture, but the model reads text only")
+        if not 0 < len(prompt) <= context - max_new_tokens:
+            raise InputError(
+                f"problem {problem.id!r}: a prompt of {len(prompt)} tokens and {max_new_tokens} new ones "
+                f"do not fit into the context of {context}; allowed: a prompt of one token or more"
+            )
+        prompts.append(prompt)
+    return prompts
+
+
 def sample_groups(
     model,
     tokenizer,
@@ -273,19 +292,8 @@ def sample_groups(
     it replaces the one by final answers of `style` (data.grade_answers)."""
     grade = grade or partial(grade_answers, mode=mode, style=style)
     window = 8 * max(1, batch_size // n)  # results come a window at a time
-    context, all_prompts = model.config.max_position_embeddings, []
-    for problem in problems:
-        prompt = tokenizer.encode(prompt_text(tokenizer, problem, mode))
-        if reader is not None:
-            prompt = reader.expand(prompt, problem.id, len(problem.images))
-        elif problem.images:
-            raise InputError(f"problem {problem.id!r} has a picture, but the model reads text only")
-        if not 0 < len(prompt) <= context - max_new_tokens:
-            raise InputError(
-                f"problem {problem.id!r}: a prompt of {len(prompt)} tokens and {max_new_tokens} new ones "
-                f"do not fit into the context of {context}; allowed: a prompt of one token or more"
-            )
-        all_prompts.append(prompt)
+    room = dict(mode=mode, max_new_tokens=max_new_tokens, reader=reader)
+    all_prompts = encode_prompts(model, tokenizer, problems, **room)
     for start in range(0, len(problems), window):
         part = range(start, min(start + window, len(problems)))
         images, unread, drawn = {}, {}, []

@@ -24,10 +24,8 @@ from tests.helpers import assert_one_line_error, script
 BASE, ROOT = resolve("toy"), Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    """A small random model with the toy tokenizer."""
-    folder = tmp_path_factory.mktemp("policy")
+def small_policy(folder):
+    """A small random model with the toy tokenizer, in a folder."""
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (folder / name).write_bytes((BASE / name).read_bytes())
     small = dict(
@@ -46,6 +44,11 @@ def policy(tmp_path_factory):
         folder,
     )
     return folder
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return small_policy(tmp_path_factory.mktemp("policy"))
 
 
 def groups(marks):
@@ -122,32 +125,6 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(policy, samples, tmp_
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_source_may_make_a_steps_groups_when_the_step_before_it_is_done(
-    policy, samples, tmp_path, monkeypatch
-):
-    """Groups drawn from the policy itself at each step: the loop is the same, and each step's are drawn from
-    what the step before has made of the weights."""
-    models, drawn = [], []
-    load = align.load_model
-    monkeypatch.setattr(align, "load_model", lambda *a, **k: models.append(load(*a, **k)) or models[-1])
-
-    def on_policy(groups, ref, batches, steps, config, tokenizer, reader):
-        problems, asking = read_problems("toy", "train", limit=4), dict(mode="cot", style="hash")
-        for step in steps:
-            drawn.append(next(models[0].parameters()).detach().clone())
-            fresh = list(
-                sample_groups(models[0], tokenizer, problems, n=3, max_new_tokens=4, seed=step, **asking)
-            )
-            rows, _ = make_groups(tokenizer, fresh, mode="cot", max_length=256, reference=True)
-            yield [(collate(rows, tokenizer.pad_id, reader), None)]
-
-    monkeypatch.setattr(align, "from_samples", on_policy)
-    done = run_align(policy, samples, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert len(lines(tmp_path)) == len(drawn) == 3 and len(models) == 1
-    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
-
-
 def test_a_loss_may_look_at_tokens(policy, samples, tmp_path, monkeypatch):
     """The table's tokens and the mask of its batch give the table's sums and means again."""
     tables = []
@@ -173,7 +150,8 @@ def test_sft_rows_are_the_reference_the_best_or_the_right_ones(policy, tmp_path)
     assert align.sft_rows(batch, "right").tolist() == [True, False, True, True]
     assert align.sft_rows(batch, "best").tolist() == [True, False, False, False]
     assert not align.sft_rows(batch, None).any()
-    ranked = [align.tabulate(torch.zeros(batch.ids.shape), batch, None, keep) for keep in (True, False)]
+    micro, logps = align.Micro(batch), torch.zeros(batch.ids.shape)
+    ranked = [align.tabulate(logps, micro, 1.0, keep) for keep in (True, False)]
     assert ranked[0].present.all() and ranked[0].better.sum() == 3
     assert ranked[1].present.tolist() == [[False, True, True, True]] and ranked[1].better.sum() == 2
 
@@ -200,7 +178,8 @@ def test_dpo_and_ipo_log_the_pairs_by_what_they_rank(policy, samples, tmp_path):
         assert abs(log[0]["margin"]) < 1e-5 and log[0]["score_right"] != log[0]["score_wrong"]
         assert log[-1]["margin"] > 1e-3 and log[-1]["ranking_accuracy"] > 0.5
     batch = collate([[Row("1", [1, 2, 3], 1, 1.0, True), Row("1", [1, 4], 1, 0.0, False)]], 0)
-    table = align.tabulate(torch.full((2, 3), -2.0), batch, torch.tensor([-5.0, -1.0]), True)
+    micro = align.Micro(batch, ref_logps=torch.tensor([-5.0, -1.0]))
+    table = align.tabulate(torch.full((2, 3), -2.0), micro, 1.5, True)
     # log pi: -4 and -2; log-ratios: 1 and -1
     assert align.watch([table], align.METHODS["dpo"], 0.1)["margin"] == pytest.approx(0.1 * 2)
     by_scores = align.watch([table], align.METHODS["aft"], 0.1)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from minicot.losses import grpo_loss
 from tests.bench import __main__ as bench
 from tests.bench import page, sides
 
@@ -23,7 +24,9 @@ def test_every_row_of_steps_and_generation_runs_and_prints():
         *bench.group_row("group", "tiny", CPU, 1, B=2, K=3, P=6, R=5, peers=peers),
         *bench.generation_row("tiny", CPU, 1, prompts=2, P=6, n=2, new=3),
     ]
-    assert len(results) == 2 + 3 + len(TRL) + 3 + 1
+    if TRL:
+        results += bench.grpo_row("tiny", CPU, 1, B=2, K=4, P=6, new=5)
+    assert len(results) == 2 + 3 + len(TRL) + 3 + 1 + len(TRL)
     for result in json.loads(json.dumps(results)):
         ratio = result["theirs"][0] / result["ours"][0]
         assert result["ratio"] == [ratio] * 3 and ratio > 0
@@ -62,6 +65,13 @@ def test_a_side_that_does_other_work_is_refused(work, peers):
     for side in peers:
         with pytest.raises(AssertionError, match=side):
             sides.check_same_work({**made, side: other[side]})
+
+
+def test_a_grpo_step_of_other_gradients_is_refused(monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.setattr(sides, "grpo_loss", lambda *a: 2 * grpo_loss(*a))
+    with pytest.raises(AssertionError, match="gradients 5.0e-01 apart"):
+        sides.grpo_sides("tiny", CPU, B=2, K=4, P=6, new=5)
 
 
 def test_equal_losses_with_other_gradients_are_refused():

@@ -31,6 +31,7 @@ from tests.bench import memory, page
 from tests.bench.sides import (
     WITH_TOWER,
     check_same_work,
+    grpo_sides,
     gsm8k_lengths,
     make_batch,
     make_sides,
@@ -168,6 +169,15 @@ def generation_row(model, device, rounds, *, prompts, P, n, new):
     )
 
 
+def grpo_row(model, device, rounds, *, B, K, P, new):
+    """A whole GRPO step, rollouts and update, beside TRL's with transformers' generate."""
+    seconds = in_turn(grpo_sides(model, device, B=B, K=K, P=P, new=new), device, rounds)
+    shape, tokens = f"B {B}, K {K}, P {P}, {new} new", B * K * (P + new)
+    yield from against(
+        seconds, tokens, work="GRPO step", model=model, B=B, K=K, P=P, n=K, new=new, shape=shape
+    )
+
+
 def memory_row(work, model, device, _rounds, *, rows, K, P, R, peers):
     """Peak memory of a step above weights and batch, each side in a process of its own."""
     lengths = [[p, [r]] for p, r in gsm8k_lengths(rows)] if P == "GSM8K" else [[P, [R] * K]] * (rows // K)
@@ -214,6 +224,8 @@ def table(device):
         for n, P in ((1, 64), (1, 256), (8, 256), (32, 256)):
             prompts = 32 if n < 32 or cuda else 4  # on a CPU a round of 32 prompts would take minutes
             rows.append((generation_row, [model], dict(prompts=prompts, P=P, n=n, new=48)))
+        for P in (64, 256) if trl else []:
+            rows.append((grpo_row, [model], dict(B=2 * B, K=8, P=P, new=48)))
         plain = ["plain", "transformers"]
         rows.append((memory_row, ["SFT", model], dict(rows=n_rows, K=1, P="GSM8K", R="GSM8K", peers=plain)))
         for work, K, groups, peers in (("DPO", 2, 2 * B, plain + trl), ("group", 8, B, plain)):

@@ -4,9 +4,10 @@
     padded         score_padded() below: what score() does, without sharing prompts and packing
     plain          score_plain(): one padded forward, all logits
     transformers   Llama or Llava, one padded forward, all logits; its own loss for SFT, else ours
-    TRL            DPOTrainer.compute_loss, reference log-probabilities precomputed
+    TRL            DPOTrainer.compute_loss, reference log-probabilities precomputed; GRPOTrainer
 
 All have the same weights and the same batch on the device, and a step is forward + backward: no optimizer.
+A GRPO step is whole, as in align.py: responses drawn, scored, learnt from, AdamW.
 B groups   K responses a group   N = B K rows   T tokens   P, R tokens of a prompt and a response
 """
 
@@ -19,9 +20,12 @@ import torch
 import torch.nn.functional as F
 
 from minicot.data import Row, collate, to_groups
-from minicot.losses import aft_loss, better_than, dpo_loss, sequence_logps, sft_loss, token_logps
+from minicot.losses import aft_loss, better_than, dpo_loss, group_advantages, grpo_loss, sequence_logps
+from minicot.losses import sft_loss, token_logps
 from minicot.model import ModelConfig, Transformer
+from minicot.sampling import generate
 from minicot.scoring import chunked_logps, score, score_plain
+from minicot.training import clip_gradients, make_optimizer
 from minicot.vision import VisionConfig, VisionLanguageConfig, VisionLanguageModel
 from minicot.weights import llava_name, save_model
 
@@ -236,16 +240,9 @@ def trl_side(model, batch, ref_logps):
     it logs. Gradient checkpointing, on by default, is off: nobody else here computes twice. Its precomputed
     reference log-probabilities, equal to the policy's, are overwritten with ours."""
     import datasets
-    import tokenizers
-    import transformers
     import trl
 
     datasets.disable_progress_bars()
-    words = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({f"t{i}": i for i in range(model.config.vocab_size)}, unk_token="t0")
-    )
-    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t0", pad_token="t0")
     text = lambda ids: " ".join(f"t{i}" for i in ids.tolist())
     rows = [
         {
@@ -269,12 +266,128 @@ def trl_side(model, batch, ref_logps):
             report_to="none",
         )
         trainer = trl.DPOTrainer(
-            model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+            model,
+            args=args,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=word_tokenizer(model.config.vocab_size),
         )
     inputs = trainer.data_collator(list(trainer.train_dataset))
     inputs |= {"ref_chosen_logps": ref_logps[:, 0], "ref_rejected_logps": ref_logps[:, 1]}
     inputs = {key: value.to(batch.ids.device) for key, value in inputs.items()}
     return trainer.model.train(), lambda: trainer.compute_loss(trainer.model, inputs)
+
+
+def word_tokenizer(vocab_size):
+    """transformers' tokenizer of texts like "t5 t0 t7"."""
+    import tokenizers
+    import transformers
+
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"t{i}": i for i in range(vocab_size)}, unk_token="t0")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t0", pad_token="t0")
+
+
+# ---- a GRPO step ---------------------------------------------------------------------------------
+
+
+def rewards_of(B, K):
+    """(B,K): every other response is right, whatever stands in it, so that no group is dead."""
+    return (torch.arange(B * K) % 2 == 0).double().view(B, K)
+
+
+def learn(model, optimizer, groups):
+    """The update of a GRPO step on groups of Rows, as align.py makes it; without an optimizer the gradients
+    alone."""
+    device = next(model.parameters()).device
+    batch = collate(groups, pad_id=0).to(device)
+    advantages = group_advantages(batch.rewards, batch.present)[batch.group, batch.slot]
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        logps = score(model, batch)
+    grpo_loss(logps, logps.detach(), None, advantages, batch.loss_mask).mean().backward()
+    if optimizer:
+        clip_gradients(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def as_groups(prompts, responses):
+    """Prompts and their K responses each -> groups of Rows with rewards_of."""
+    rewards = rewards_of(len(prompts), len(responses[0])).tolist()
+    return [
+        [Row(f"{b}", [*prompt, *ids], len(prompt), reward=r) for ids, r in zip(responses[b], rewards[b])]
+        for b, prompt in enumerate(prompts)
+    ]
+
+
+def grpo_sides(name, device, *, B, K, P, new):
+    """{side: function of a whole GRPO step}: K responses of `new` tokens (none ends) to each of B prompts at
+    temperature 1, rewards_of, GRPO's loss without KL, AdamW. Before: both have the same gradients on the same
+    responses, TRL's."""
+    import datasets
+    import trl
+
+    datasets.disable_progress_bars()
+    model = our_model(name, device)
+    theirs, draw = their_model(model), torch.Generator().manual_seed(2)
+    vocabulary, flat = MODELS[name].vocab_size, rewards_of(B, K).flatten().tolist()
+    prompts = [torch.randint(1, vocabulary, (P,), generator=draw).tolist() for _ in range(B)]
+    rows = [{"prompt": " ".join(f"t{i}" for i in prompt)} for prompt in prompts for _ in range(K)]
+    with tempfile.TemporaryDirectory() as folder:
+        args = trl.GRPOConfig(
+            folder,
+            loss_type="grpo",
+            num_generations=K,
+            per_device_train_batch_size=B * K,
+            max_completion_length=new,
+            generation_kwargs={"min_new_tokens": new},
+            gradient_checkpointing=False,
+            bf16=device.type == "cuda",
+            use_cpu=device.type == "cpu",
+            report_to="none",
+        )
+        trainer = trl.GRPOTrainer(
+            theirs,
+            reward_funcs=lambda completions, **_: flat,
+            args=args,
+            train_dataset=datasets.Dataset.from_list(rows[::K]),
+            processing_class=word_tokenizer(vocabulary),
+        )
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+
+    made = trainer._generate_and_score_completions(rows)
+    assert made["completion_mask"].sum() == B * K * new, "a response of TRL's has ended early"
+    trainer.compute_loss(trainer.model, made).backward()
+    learn(model, None, as_groups(prompts, made["completion_ids"].view(B, K, new).tolist()))
+    gradients = {key: p.grad for key, p in model.named_parameters()}
+    apart = sum((p.grad - gradients[key]).square().sum() for key, p in theirs.named_parameters()).sqrt()
+    length = sum(g.square().sum() for g in gradients.values()).sqrt()
+    assert apart <= (5e-2 if device.type == "cuda" else 1e-3) * length, (
+        f"gradients {apart / length:.1e} apart"
+    )
+
+    our_optimizer = make_optimizer(model, 1e-6, 0.0)
+    their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0)
+    seeds = iter(range(10**9))
+
+    def ours():
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            drawn = generate(
+                model, prompts, n=K, max_new_tokens=new, stop_ids=[], seed=[next(seeds) for _ in prompts]
+            )
+        learn(model, our_optimizer, as_groups(prompts, drawn))
+
+    def trls():
+        trainer.training_step(trainer.model, rows, None)
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        their_optimizer.step()
+        their_optimizer.zero_grad(set_to_none=True)
+
+    model.zero_grad(set_to_none=True)
+    theirs.zero_grad(set_to_none=True)
+    return {"minicot": ours, "TRL": trls}
 
 
 def multiplications(name, K, P, R, *, shared):
