@@ -580,7 +580,7 @@ def test_results_of_another_world_or_without_a_seed_are_refused(tmp_path):
 
 # ---- what is committed ---------------------------------------------------------------------------
 
-RECIPES = {"aft": aft, "llava_reasoner": llava_reasoner}
+RECIPES = {"aft_main": aft, "llava_reasoner": llava_reasoner}
 
 
 @pytest.mark.parametrize("recipe", [aft, llava_reasoner])
