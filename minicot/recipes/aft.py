@@ -1,7 +1,7 @@
 """AFT, "Making Large Language Models Better Reasoners with Alignment" (arXiv 2309.02144): toy world or real
 sets.
 
-    python -m minicot.recipes.aft                    # toy world, two hours on two CPU cores
+    python -m minicot.recipes.aft                    # toy world, some 140 models of three minutes of a core
     python -m minicot.recipes.aft --fast             # a small part of the work, one seed
     python -m minicot.recipes.aft --data gsm8k:PATH --init SmolLM2 --device cuda --name aft_gsm8k \\
         --splits "train[:7000]" "train[7000:]" test --train-flags "--lr 2e-5 --batch-size 8 --epochs 3"
