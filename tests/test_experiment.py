@@ -578,6 +578,15 @@ def test_results_of_another_world_or_without_a_seed_are_refused(tmp_path):
         numbers(partial, "same", "accuracy")
 
 
+def test_results_of_another_base_or_other_problems_are_of_another_world(toy, monkeypatch):
+    E = toy()
+    world = E.world()
+    assert world == toy().world() and toy(argv=["--data", "own.jsonl"]).world() is None
+    assert toy(argv=["--data", "toy-pictures"]).world() != world != toy(argv=["--init", "toy-vision"]).world()
+    monkeypatch.setattr("minicot.recipes.experiment.weights_digest", lambda folder: "of another base")
+    assert E.world() != world
+
+
 # ---- what is committed ---------------------------------------------------------------------------
 
 RECIPES = {"aft_main": aft, "llava_reasoner": llava_reasoner}
