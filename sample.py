@@ -432,14 +432,8 @@ def main(config):
     elif config.evaluate:
         evaluate(config, draw, problems, source)
     elif config.out:
-        free = (
-            "endpoint",
-            "out",
-            "overwrite",
-            "limit",
-            "batch_size",
-            *ASKS_A_SERVER,
-        )  # may change on the way
+        # what may change when sampling goes on
+        free = ("endpoint", "out", "overwrite", "limit", "batch_size", *ASKS_A_SERVER)
         recorded = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
         whole = bool(config.endpoint)  # what it has answered comes from the cache
         sampled = write_samples(config.out, draw, problems, recorded | made_by, config.overwrite, whole)

@@ -11,6 +11,8 @@ import time
 import types
 from pathlib import Path
 
+import pytest
+
 import align
 import sample
 import train
@@ -65,6 +67,20 @@ def assert_one_line_error(done, *parts):
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
     for part in parts:
         assert part in done.stderr, done.stderr
+
+
+def assert_value_named(call, message):
+    """It raises a ValueError of one line that says so."""
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def assert_shapes_named(call, shapes):
+    with pytest.raises(AssertionError) as error:
+        call()
+    for shape in shapes:
+        error.match(shape)
 
 
 def jsonl(path, *rows):

@@ -347,7 +347,8 @@ def test_seeds_splits_and_looks_are_the_recipes(toy):
     for _ in range(2):
         E = make()
         results = E.run([], columns, None, Path("results/e.json"))
-        write_json(Path("results/e.json"), results) if Path("results").mkdir(exist_ok=True) is None else None
+        Path("results").mkdir(exist_ok=True)
+        write_json(Path("results/e.json"), results)
         looks.append((len(E.ran), results["looks"]))
     assert looks == [(4, {"test[1000:3000]": 1}), (0, {"test[1000:3000]": 1})]
     words = make()

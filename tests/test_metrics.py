@@ -16,6 +16,7 @@ from minicot.metrics import accuracy, assessment, assessment_accuracy, degenerat
 from minicot.metrics import mean_interval
 from minicot.metrics import paired_difference, pass_at_k, perplexity, repeated_4grams, rerank_accuracy
 from minicot.metrics import ratio_values, share_with_pair, verdict
+from tests.helpers import assert_value_named
 
 
 def better_of(rewards):
@@ -286,9 +287,7 @@ def test_degeneration_by_hand():
     ],
 )
 def test_bad_input_is_named(call, message):
-    with pytest.raises(ValueError, match=message) as error:
-        call()
-    assert "\n" not in str(error.value)
+    assert_value_named(call, message)
 
 
 # -------------------------------------------------- claims

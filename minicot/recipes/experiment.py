@@ -142,8 +142,9 @@ class Experiment(Worker):
         """The problems start to stop of a split, which may be a slice itself, "train[7000:]"."""
         if not (match := re.fullmatch(r"([\w-]+)(?:\[(\d*):(\d*)\])?", split)):
             raise InputError(f"--splits has {split!r}; allowed: a name, or a slice such as train[7000:]")
-        first, end = int(match[2] or 0), start + int(match[2] or 0) + stop - start
-        return f"{match[1]}[{first + start}:{min(end, int(match[3] or end))}]"
+        first = int(match[2] or 0)
+        last = min(first + stop, int(match[3] or first + stop))
+        return f"{match[1]}[{first + start}:{last}]"
 
     def problems(self, split, limit):
         """Flags for the first problems of a split. A built-in world, which every process would make anew for

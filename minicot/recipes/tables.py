@@ -97,9 +97,9 @@ def judge_all(results, all_claims):
     for claim in all_claims:
         own = sides(claim)
         twins = [(twin if (twin := f"{model}@one-rate") in models else model, name) for model, name in own]
-        found = [judge_one(results, claim, pair) for pair in (own, twins)]
-        if found[0]:
-            judged.append(claim | found[0] | ({"one_rate": found[1]} if twins != own else {}))
+        if found := judge_one(results, claim, own):
+            again = {"one_rate": judge_one(results, claim, twins)} if twins != own else {}
+            judged.append(claim | found | again)
     return judged
 
 
