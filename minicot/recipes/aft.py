@@ -1,7 +1,7 @@
 """AFT, "Making Large Language Models Better Reasoners with Alignment" (arXiv 2309.02144): toy world or real
 sets.
 
-    python -m minicot.recipes.aft                    # toy world, some 140 models of three minutes of a core
+    python -m minicot.recipes.aft                    # toy world, some 140 models of one or two minutes of a core
     python -m minicot.recipes.aft --fast             # a small part of the work, one seed
     python -m minicot.recipes.aft --data gsm8k:PATH --init SmolLM2 --device cuda --name aft_gsm8k \\
         --splits "train[:7000]" "train[7000:]" test --train-flags "--lr 2e-5 --batch-size 8 --epochs 3"
@@ -38,15 +38,16 @@ SIZES = {
     "seeds": 5,  # of VFT, RFT and AFT
     "few_seeds": 3,  # of the others
     "first_seed": 10,
-    "problems": 800,  # training questions that are sampled and aligned on
+    "problems": 480,  # training questions that are sampled and aligned on
     "k": 6,  # responses a question
     "epochs": 3.0,
     "batch_size": 8,  # questions a step
     "validation": 600,  # problems that choose a setting
     "test": 2000,  # problems of the table
     "harder": 1000,  # problems of five operations
-    "pool": 200,  # held-out questions of A-accuracy and of the reference NLL, after those of validation
-    "lrs": (3e-5, 1e-4, 3e-4),
+    "pool": 400,  # held-out questions of A-accuracy and of the reference NLL, after those of validation
+    "lrs": (3e-5, 1e-4, 3e-4),  # of RFT and AFT
+    "few_lrs": (3e-5, 3e-4),  # of RRHF and PRO
     "dpo_lrs": (1e-6, 1e-5, 3e-5, 1e-4),
     "one_rate": 3e-4,  # of all arms but DPO's
     "dpo_one_rate": 3e-5,
@@ -55,12 +56,12 @@ SIZES = {
     "other_ks": (2, 4),  # of boundary, at the first seed
 }
 FAST = dict(
-    seeds=1, problems=120, validation=100, test=200, harder=100, pool=60, lrs=(1e-4,), dpo_lrs=(1e-5,),
-    other_margins=(), other_ks=(2,),
+    seeds=1, problems=120, validation=100, test=200, harder=100, pool=60, lrs=(1e-4,), few_lrs=(1e-4,),
+    dpo_lrs=(1e-5,), other_margins=(), other_ks=(2,),
 )  # fmt: skip
 SLICE = dict(
-    FAST, epochs=1.0, problems=16, k=4, batch_size=4, test=0, pool=64, lrs=(1e-5,), one_rate=1e-5,
-    dpo_one_rate=1e-5, other_ks=(),
+    FAST, epochs=1.0, problems=16, k=4, batch_size=4, test=0, pool=64, lrs=(1e-5,), few_lrs=(1e-5,),
+    one_rate=1e-5, dpo_one_rate=1e-5, other_ks=(),
 )  # fmt: skip
 
 CONSTRAINTS = ("none", "detached", "boundary")
@@ -184,7 +185,8 @@ def declare(E):
     few, one_rate, main = dict(seeds=s.few_seeds), dict(grid=dict(lr=(s.one_rate,))), [vft]
     for method, constraint in METHODS:
         name = method if method == "rft" else f"{method}-{constraint}"
-        rates = (s.dpo_lrs, s.dpo_one_rate) if method == "dpo" else (s.lrs, s.one_rate)
+        grids = {"dpo": s.dpo_lrs, "rrhf": s.few_lrs, "pro": s.few_lrs}
+        rates = grids.get(method, s.lrs), s.dpo_one_rate if method == "dpo" else s.one_rate
         for ending, values in (("", rates[0]), ("@one-rate", rates[1:])):
             of, options = for_pairs if method == "dpo" else samples, few if method in FEW else {}
             model = align(name + ending, method, constraint, of, grid=dict(lr=values), **options)

@@ -7,7 +7,8 @@
     stage --init runs/text --data runs/base-text/pairs.jsonl --out runs/pairs
     stage --init runs/pairs --data runs/base-text/recall.jsonl --out runs/recall
     stage --init runs/recall --data runs/base-text/words.jsonl --out runs/words
-    stage --init runs/words --data runs/base-text/listed.jsonl --out runs/base
+    stage --init runs/words --data runs/base-text/listed.jsonl --out runs/listed
+    stage --init runs/listed --data runs/base-text/more.jsonl --out runs/base
 
     python -m minicot.toy.base_text --pictures --rows 40000 --out runs/seeing
     see() { stage --feature-layer -1 --lr 1.5e-3 "$@"; }
@@ -21,8 +22,8 @@ The first made the text base (--init toy). Its text is the world's language and 
 problems as they are told, one comparison said twice, sums, differences, products and halves, and questions
 that are answered by reading one fact. No row computes a quantity that a problem asks for. Then it learns to
 look a number up by its name (pairs, recall), once more the text, of which that drill costs some (words), and
-worked solutions of problems whose numbers are listed ("Tom, Ana. pens: 7, 3."), not told (listed): no row
-works on a told problem.
+worked solutions of problems whose numbers are listed ("Tom, Ana. pens: 7, 3."), not told (listed, more): no
+row works on a told problem.
 
 The others give it eyes (--init toy-vision), as LLaVA does it: a random tower learns to see from captions
 alone; a language model that can look up takes that tower and projector, and learns to read pictures; and both
@@ -186,6 +187,7 @@ DRILLS = {
     "pairs": (1 / 3, 0, {"echo": 1}),
     "recall": (14 / 15, 0, {"echo": 0.2, "say": 0.2, "plain": 0.2, "lines": 0.4}),
     "listed": (0.4, 20_000, {"listed": 0.7, "sums": 0.15, "lines": 0.15}),
+    "more": (0.8, 40_000, {"listed": 0.7, "sums": 0.15, "lines": 0.15}),
 }
 STAGES = {
     "captions": (1.0, 20_000, {"caption": 1}),
