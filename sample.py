@@ -40,7 +40,7 @@ from minicot.errors import InputError
 from minicot.metrics import accuracy, assessment, degeneration, majority_accuracy, pass_at_k
 from minicot.records import Problem, Response, Samples, read_samples, samples_to_row
 from minicot.sampling import sample_groups
-from minicot.sets import default_length, read_problems, style_of
+from minicot.sets import TOYS, default_length, read_problems, style_of
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures
 from minicot.runs import write_json, write_jsonl
@@ -388,7 +388,7 @@ def of_server(config, *, temperature, length, style, **asking):
 
 
 def main(config):
-    on_toy = config.data in ("toy", "toy-pictures") and config.question is None
+    on_toy = config.data in TOYS and config.question is None
     check(config.reward == "correct" or on_toy, "--reward", config.reward, "correct, but for toy problems")
     check(config.question or not config.image, "--image", config.image, "nothing, without a question")
     style = config.style or style_of(config.data)

@@ -121,7 +121,7 @@ KNOWN_SETS = {
     "tabmwp": (tabmwp_row, "hash", {"validation": "dev"}),
     **{name: (arithmetic_row, "hash", {}) for name in ("svamp", "multiarith", "addsub", "singleeq")},
 }
-TOYS = {"toy": toy.rows, "toy-pictures": pictures.rows}
+TOYS = {"toy": toy.rows, "toy-pictures": pictures.rows, "toy-pictures-long": pictures.long_rows}
 TOY_SIZES = {"train": 20_000, "validation": 1_000, "test": 3_000}
 
 
@@ -132,7 +132,7 @@ def style_of(spec):
 
 def default_length(spec):
     """Longest response in tokens where no flag says it."""
-    return 96 if spec in TOYS else 256
+    return {"toy-pictures-long": 160}.get(spec, 96) if spec in TOYS else 256
 
 
 def read_problems(spec, split="train", *, limit=0):

@@ -303,13 +303,13 @@ def test_rows_are_the_same_list_wherever_they_start_and_of_the_kind_that_was_ask
 
 
 def test_what_is_no_picture_is_refused_with_what_is_allowed():
-    for bad in ("toy-3-2-0", "pies-3-2", "rows-3", "rows-3-4", "rows--3-2", "rows-3-2-fact0"):
+    for bad in ("toy-3-2-0", "pies-3-2", "rows-3", "rows-3-6", "rows--3-2", "rows-3-2-fact0"):
         with pytest.raises(ValueError, match="allowed"):
             draw(bad)
     with pytest.raises(ValueError, match="'pies'.*rows, bars, table"):
         rows("train", 1, kind="pies")
-    with pytest.raises(ValueError, match="difficulty 4; allowed.*1 to 3"):
-        make_picture(1, difficulty=4)
+    with pytest.raises(ValueError, match="difficulty 6; allowed.*1 to 5"):
+        make_picture(1, difficulty=6)
     with pytest.raises(ValueError, match="'dev'.*validation"):
         caption_rows("dev", 1)
     assert scene_of("toy-3-2-0") == problems.scene_of("toy-3-2-0") and not in_picture(scene_of("toy-3-2-0"))

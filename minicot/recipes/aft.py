@@ -1,7 +1,7 @@
 """AFT, "Making Large Language Models Better Reasoners with Alignment" (arXiv 2309.02144): toy world or real
 sets.
 
-    python -m minicot.recipes.aft                    # toy world, some 140 models of one or two minutes of a core
+    python -m minicot.recipes.aft                    # toy world, some 140 models of one to two minutes
     python -m minicot.recipes.aft --fast             # a small part of the work, one seed
     python -m minicot.recipes.aft --data gsm8k:PATH --init SmolLM2 --device cuda --name aft_gsm8k \\
         --splits "train[:7000]" "train[7000:]" test --train-flags "--lr 2e-5 --batch-size 8 --epochs 3"
@@ -185,9 +185,11 @@ def declare(E):
     few, one_rate, main = dict(seeds=s.few_seeds), dict(grid=dict(lr=(s.one_rate,))), [vft]
     for method, constraint in METHODS:
         name = method if method == "rft" else f"{method}-{constraint}"
-        grids = {"dpo": s.dpo_lrs, "rrhf": s.few_lrs, "pro": s.few_lrs}
-        rates = grids.get(method, s.lrs), s.dpo_one_rate if method == "dpo" else s.one_rate
-        for ending, values in (("", rates[0]), ("@one-rate", rates[1:])):
+        grid = {"dpo": s.dpo_lrs, "rrhf": s.few_lrs, "pro": s.few_lrs}.get(method, s.lrs)
+        for ending, values in (
+            ("", grid),
+            ("@one-rate", (s.dpo_one_rate if method == "dpo" else s.one_rate,)),
+        ):
             of, options = for_pairs if method == "dpo" else samples, few if method in FEW else {}
             model = align(name + ending, method, constraint, of, grid=dict(lr=values), **options)
             main += [] if method in FEW else [model]

@@ -29,7 +29,7 @@ from minicot.toy import problems
 from minicot.toy.problems import FACTS, ITEMS, LINKS, NAMES, Quantity, Scene
 
 KINDS = ("rows", "bars", "table")
-PICTURE_ID = re.compile(rf"({'|'.join(KINDS)})-(\d{{1,18}})-([123])")
+PICTURE_ID = re.compile(rf"({'|'.join(KINDS)})-(\d{{1,18}})-([1-5])")
 PEOPLE = {"rows": (3, 4), "bars": (3,), "table": (3,)}  # how many there are in a picture
 LARGEST = {"rows": 12, "bars": 12, "table": 20}  # the numbers in it are 2 .. this
 DIFFICULTIES, DIFFICULTY_WEIGHTS = (2, 3), (3, 1)  # operations, and how often each is drawn
@@ -104,15 +104,15 @@ COLOURS = dict(
 
 def make_picture(seed: int, kind: str | None = None, difficulty: int | None = None) -> Scene:
     """The scene of a seed: a picture of a `kind` (of KINDS; None draws one) and a question of `difficulty`
-    operations (1 to 3; None draws from DIFFICULTIES) that rests on at least two numbers of the picture. The
+    operations (1 to 5; None draws from DIFFICULTIES) that rests on at least two numbers of the picture. The
     answer differs from every number in picture and text and from every quantity but the asked one."""
     draw_one = random.Random(f"picture {seed}")
     drawn = draw_one.choice(KINDS), draw_one.choices(DIFFICULTIES, DIFFICULTY_WEIGHTS)[0]
     kind, difficulty = kind or drawn[0], drawn[1] if difficulty is None else difficulty
-    if kind not in KINDS or difficulty not in (1, 2, 3):
+    if kind not in KINDS or difficulty not in range(1, 6):
         raise ValueError(
             f"toy picture {seed}: kind {kind!r}, difficulty {difficulty}; allowed: "
-            f"{', '.join(KINDS)} and 1 to 3"
+            f"{', '.join(KINDS)} and 1 to 5"
         )
     rng = random.Random(f"picture {seed} {kind} {difficulty}")
     while True:  # rejection: a try fails where no number fits
@@ -270,9 +270,15 @@ def rows(
     return [row_of(scene, wording=wording) for scene in scenes(split, n, start, kind, difficulty)]
 
 
+def long_rows(split: str, n: int, *, start: int = 0) -> list[dict]:
+    """As rows, of four and five operations: chains of about 60 words."""
+    make = lambda seed: make_picture(seed, difficulty=4 + seed % 2)
+    return [row_of(scene) for scene in problems.scenes_in_split(make, split_of, split, n, start)]
+
+
 def perception_rows(split: str, n: int, *, start: int = 0, kind: str | None = None) -> list[dict]:
-    """Questions that read ONE number of a picture: {id, question, answer, fact, image}, one for each of the
-    scenes of rows(split, n, ...); `fact` is its place in that row's facts."""
+    """Questions that read ONE number of a picture: {id, question, answer, fact, image, solution}, one for
+    each of the scenes of rows(split, n, ...); `fact` is its place in that row's facts."""
     questions = []
     for scene in scenes(split, n, start, kind):
         fact = random.Random(f"fact {scene.id}").randrange(len(in_picture(scene)))
@@ -285,6 +291,7 @@ def perception_rows(split: str, n: int, *, start: int = 0, kind: str | None = No
                 "answer": str(asked.value),
                 "fact": fact,
                 "image": f"toy:{scene.id}",
+                "solution": f"{write_step(scene, asked, DEFAULT_WORDINGS[0])}\n#### {asked.value}",
             }
         )
     return questions
