@@ -17,6 +17,7 @@ batch_size responses at once; a question with more is cut into parts, each with 
 """
 
 import math
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -181,6 +182,13 @@ def best_of_n(answers, scores):
     return max(answered, key=lambda pair: pair[0])[1] if answered else None
 
 
+def best_of_repeated(answers, scores):
+    """best_of_n among the answers that at least two responses give (among all where none is)."""
+    votes = Counter(normalize(answer) for answer in answers if answer is not None)
+    twice = [answer if answer is not None and votes[normalize(answer)] > 1 else None for answer in answers]
+    return best_of_n(twice if any(answer is not None for answer in twice) else answers, scores)
+
+
 def weighted_vote(answers, scores, *, beta=0.1, weight="exp"):
     """argmax_a sum_{y: answer(y) = a} weight(beta r(y)); answers are equal as in majority_vote."""
     if weight not in WEIGHTS:
@@ -197,7 +205,8 @@ def weighted_vote(answers, scores, *, beta=0.1, weight="exp"):
 
 def curves(sampled, name, *, beta=0.1, sizes=(1, 2, 4, 8, 16, 32)):
     """Right or not (as a share) of each problem when n of its K responses are chosen among, for each n:
-    {n: {"majority", "best", "vote" (weighted, exp), "sigmoid vote", "raw vote", "pass": list over problems}}.
+    {n: {"majority", "best", "best repeated" (among answers given twice), "vote" (weighted, exp), "sigmoid
+    vote", "raw vote", "pass": list over problems}}.
 
     The K responses are cut into K // n blocks of n, over which a problem's share is the mean: the same
     samples for every n and every way of choosing."""
@@ -205,6 +214,7 @@ def curves(sampled, name, *, beta=0.1, sizes=(1, 2, 4, 8, 16, 32)):
     ways = {
         "majority": lambda a, s: majority_vote(a),
         "best": best_of_n,
+        "best repeated": best_of_repeated,
         "vote": vote,
         "sigmoid vote": partial(vote, weight="sigmoid"),
         "raw vote": partial(vote, weight="raw"),

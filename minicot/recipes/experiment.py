@@ -170,10 +170,10 @@ class Experiment(Worker):
         for model in self.models if of is None else of:
             self.reads.setdefault(model.name, []).append((self.reading(name, model, work, flags), take))
 
-    def choose_by(self, score, **flags):
-        """Which number of `sample.py --evaluate` chooses among the settings of a grid."""
-        for model in self.models:
-            self.validations[model.name] = self.reading("validation", model, (), flags), score
+    def choose_by(self, score, *work, of=None, **flags):
+        """Which number of a reading (see `read`) chooses among the settings of a grid."""
+        for model in self.models if of is None else of:
+            self.validations[model.name] = self.reading("validation", model, work, flags), score
 
     def reading(self, name, model, work, flags):
         if work and callable(work[0]):
@@ -221,7 +221,9 @@ class Experiment(Worker):
         return future.result()
 
     def make(self, cell, seed, setting, folder):
-        get = lambda value: self.path(value, seed, setting if value is cell.of else None)
+        get = lambda value, of=cell.of: self.path(
+            value, seed, setting if of and of in (value, getattr(value, "of", None)) else None
+        )
         out, (script, *rest) = folder / cell.makes, cell.work
         if callable(script):
             needs = paths = [get(one) for one in rest]
@@ -274,9 +276,9 @@ class Experiment(Worker):
                 if isinstance(value, list):
                     lists[name], value = value, mean_of(value)
                 metrics |= {} if value is None else {name: round(value, 5)}
-        lists = {name: values for name, values in lists.items() if name in metrics}
         row = {"name": cell.name, "seed": seed, "settings": self.setting(cell), "metrics": metrics}
-        return row | {"lists": lists} | ({"table": cell.table} if cell.table else {})
+        row["lists"] = {name: values for name, values in lists.items() if name in metrics}
+        return row | ({"table": cell.table} if cell.table else {})
 
     # -- from the command line to the page
 

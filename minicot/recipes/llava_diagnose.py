@@ -1,7 +1,7 @@
 """Why the LLaVA-Reasoner recipe's numbers are what they are: what its base reads, where chains first go
 wrong, what the verifier's scores order.
 
-    python -m minicot.recipes.llava_diagnose                      # from cells in runs/recipes/llava_reasoner
+    python -m minicot.recipes.llava_diagnose                      # from cells in runs/recipes/llava_verifier
     python -m minicot.recipes.llava_diagnose --base toy-vision    # what a base reads, arrays and files
 
 Prints tables; each takes a minute.
@@ -16,18 +16,18 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from minicot.answers import is_correct, majority_vote, normalize
+from minicot.answers import is_correct, majority_vote
 from minicot.config import Flags, flag, run
 from minicot.data import image_reader
 from minicot.metrics import paired_difference
-from minicot.recipes.llava_reasoner import E
+from minicot.recipes.llava_verifier import SCORES, E, scored_by
 from minicot.recipes.tables import INTERVAL, markdown, read_results
 from minicot.records import Problem, read_samples
 from minicot.sampling import sample_groups
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures, teacher
 from minicot.training import resolve
-from minicot.verifier import best_of_n, weighted_vote
+from minicot.verifier import best_of_n, best_of_repeated, weighted_vote
 from minicot.weights import load_model
 
 
@@ -123,14 +123,7 @@ def orders(samples, name):
     return sum(won) / len(won) if won else None
 
 
-def best_of_repeated(answers, scores):
-    """Best-of-n among the answers that at least two responses give (among all where none is)."""
-    votes = Counter(normalize(one) for one in answers if one is not None)
-    repeated = [one if one is not None and votes[normalize(one)] > 1 else None for one in answers]
-    return best_of_n(repeated if any(repeated) else answers, scores)
-
-
-def orders_table(seeds, name):
+def orders_table(seeds, name, said):
     """Scored Samples, a list a seed -> what a score orders, and how well its best answer does."""
     rows, mean = [], lambda values: sum(values) / len(values) if values else float("nan")
     for seed, groups in enumerate(seeds):
@@ -154,7 +147,7 @@ def orders_table(seeds, name):
         rows.append((seed, *(f"{share:.1%}" for share in shares)))
     first, *others = pictures.KINDS
     head = (
-        f"{name}, seed",
+        f"{said}, seed",
         f"right above wrong: {first}",
         *others,
         "best's answer is no other's",
@@ -165,7 +158,7 @@ def orders_table(seeds, name):
     return head, rows
 
 
-def betas_table(seeds, name, betas=(0.1, 1, 3, 10, 30)):
+def betas_table(seeds, name, said, betas=(0.1, 1, 3, 10, 30)):
     """Scored Samples, a list a seed -> the weighted votes among all at other betas, over majority."""
     right = lambda choose: [
         [float(is_correct(choose(*answers_and_scores(one, name)), one.problem.answer)) for one in groups]
@@ -178,7 +171,7 @@ def betas_table(seeds, name, betas=(0.1, 1, 3, 10, 30)):
     rows = [
         (weight, *(INTERVAL.format(*over(beta, weight)) for beta in betas)) for weight in ("exp", "sigmoid")
     ]
-    return (f"vote by {name}, over majority", *(f"beta {beta}" for beta in betas)), rows
+    return (f"vote by {said}, over majority", *(f"beta {beta}" for beta in betas)), rows
 
 
 def main(config):
@@ -187,11 +180,17 @@ def main(config):
     else:
         E.parse([])
         results = read_results(E.results / f"{E.name}.json", E.world())
-        [lr] = {cell["settings"]["lr"] for cell in results["cells"] if cell["name"] == "dpo"}
-        folders = [E.root / f"dpo-lr{lr:g}-s{seed}" for seed in range(results["sizes"]["seeds"])]
-        seeds = [read_samples(folder / "scored-cut" / "samples.jsonl") for folder in folders]
-        found = [errors_table(seeds), *(orders_table(seeds, name) for name in ("dpo", "dpo-cut", "short"))]
-        found += [betas_table(seeds, name) for name in ("dpo", "dpo-cut")]
+        [setting] = {tuple(cell["settings"].items()) for cell in results["cells"] if cell["name"] == "dpo"}
+        label = "".join(f"-{flag}{value:g}" for flag, value in setting)
+        seeds = range(
+            results["sizes"]["first_seed"], results["sizes"]["first_seed"] + results["seeds"]["dpo"]
+        )
+        files = [E.root / f"dpo{label}-s{seed}" / "test-scored" / "samples.jsonl" for seed in seeds]
+        found = [errors_table([read_samples(file) for file in files])]
+        for by in SCORES:
+            scored = [scored_by(file, by) for file in files]
+            found += [orders_table(scored, "dpo", by), betas_table(scored, "dpo", by)]
+        found.append(orders_table(scored, "short", "fewer characters"))
     print("\n".join(line for head, rows in found for line in markdown(head, rows)))
 
 

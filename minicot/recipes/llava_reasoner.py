@@ -60,13 +60,13 @@ SIZES = {
 }
 FAST = dict(
     seeds=1, taught=2000, easy=200, steps=60, sampled=100, k=8, validation=100, test=200, pool=50,
-    lrs=(1e-5,), one_rate=1e-5, other_words=(0.5,),
+    lrs=(1e-5,), one_rate=1e-5,
 )  # fmt: skip
 MIXES, MODES = ("format", "direct", "cot", "both"), ("direct", "cot")
 
 # Metrics: direct, cot: the prompt, read out greedily; easy: problems of one operation; extraction: one number
 # of the picture; tables: pictures with a table; sampled: the CoT prompt at T = 1. Written down before the
-# run. The interval of 3 seeds x 2,000 problems is about 1.5 points to each side, between arms of DPO about 0.7.
+# run. The interval of 3 seeds x 2,000 problems is about 1.5 points to each side, of arms of DPO about 0.7.
 CLAIMS = claims("""
 a1 |cot           |direct    |format        |within 0.05, cot|direct SFT moves CoT by less than 5 points
 a2 |cot           |direct    |cot           |down|... and leaves it below CoT SFT

@@ -1,0 +1,216 @@
+"""LLaVA-Reasoner (arXiv 2410.16198), section 4.3: the DPO model as a verifier.
+
+    python -m minicot.recipes.llava_verifier             # 3 seeds
+    python -m minicot.recipes.llava_verifier --fast      # a small part of the work, one seed
+
+From the SFT model "both" of the recipe llava_reasoner: DPO on its own chains, whole, at the rate and beta
+whose weighted vote answers most validation problems rightly. Then a second round from there, at the same
+setting: the rejected chains are the wrong ones that the first round's log-ratio puts highest. Each ranks n
+samples a test problem, drawn from "both" at temperature 0.7. Control: a model of as many generic pairs (what
+a picture shows).
+
+A chain's score is made of its tokens' log-ratios to "both": their sum, their mean, or the sum after each is
+clipped to +-1. Score and weight of the vote (exp(beta r)) are chosen by the vote on validation problems too.
+"""
+
+import random
+from dataclasses import replace
+
+from minicot import plots
+from minicot.answers import split_steps
+from minicot.data import distinct
+from minicot.metrics import mean_interval, paired_difference
+from minicot.recipes.experiment import Experiment
+from minicot.recipes.llava_reasoner import FAST, SIZES, all_taught, as_many_pairs, both_mix, generic_pairs
+from minicot.recipes.tables import claims
+from minicot.records import read_jsonl, read_samples, samples_to_row
+from minicot.runs import write_json, write_jsonl
+from minicot.toy import pictures
+from minicot.verifier import curves, step_sums
+from minicot.weights import read_json
+
+SIZES = SIZES | {
+    "n": 16,  # samples a problem that are chosen among
+    "temperature": 0.7,
+    "lrs": (1e-5, 3e-5, 1e-4),
+    "betas": (0.1, 0.5),
+}
+FAST = FAST | {"n": 4, "betas": (0.1,)}
+SCORES = {
+    "sum": sum,
+    "mean": lambda ratios: sum(ratios) / max(1, len(ratios)),
+    "clipped": lambda ratios: sum(max(-1.0, min(1.0, ratio)) for ratio in ratios),
+}
+BETAS = (0.1, 0.3, 1, 3, 10, 30)  # of the vote
+WAYS = ("majority", "best", "best repeated", "vote", "pass")
+
+# Metrics: <way>@<n>: a way of choosing among n samples; greedy: one greedy answer. Written down before the
+# run. The interval of 3 seeds x 2,000 problems is about 1 point to each side.
+CLAIMS = claims("""
+e1*|vote@16         |dpo  |dpo/majority@16|up|weighted vote by the log-ratio beats majority
+e2 |best@16         |dpo  |dpo/majority@16|up|best-of-n by the log-ratio beats majority
+e3 |best repeated@16|dpo  |dpo/majority@16|up|best-of-n among answers given twice beats majority
+e4 |vote@16         |dpo  |dpo/greedy     |up|weighted vote beats DPO's own greedy answer
+e5 |vote@4          |dpo  |dpo/majority@4 |up|with 4 samples, weighted vote beats majority
+e6 |vote@16         |dpo-2|dpo            |up|a second round on the highest wrong chains lifts the vote
+e7 |best@16         |dpo-2|dpo            |up|... and best-of-n
+e8*|vote@16         |dpo  |dpo-generic    |up|own chains make a better verifier than generic pairs
+e9 |greedy          |dpo-2|dpo            |up|the second round lifts the greedy answer
+""")
+COLUMNS = {
+    "model": {
+        "greedy": "{greedy:.1%}",
+        "majority of 16": "{majority@16:.1%}",
+        "best of 16": "{best@16:.1%}",
+        "best of answers given twice": "{best repeated@16:.1%}",
+        "weighted vote of 16": "{vote@16:.1%}",
+        "pass@16": "{pass@16:.1%}",
+    }
+}
+PIVOTS = [("choosing among n", model, WAYS, (1, 2, 4, 8, 16)) for model in ("dpo", "dpo-2")]
+
+
+# ---- pairs and scores ----------------------------------------------------------------------------
+
+
+def hardest_pairs(out, scored, *, seed):
+    """At most 3 pairs a question with 0.25 <= share right <= 0.85: the wrong chains of the highest scores,
+    each with a right one that is drawn."""
+    made = []
+    for samples in read_samples(scored):
+        share = sum(one.correct for one in samples.responses) / max(1, len(samples.responses))
+        rng, responses = random.Random(f"{seed} {samples.problem.id}"), distinct(samples.responses)
+        wrong = sorted((one for one in responses if not one.correct), key=lambda one: -one.scores["dpo"])
+        for i, rejected in enumerate(wrong[:3] if 0.25 <= share <= 0.85 else ()):
+            chosen = rng.choice([one for one in responses if one.correct])
+            problem = replace(samples.problem, id=f"{samples.problem.id}/{i}")
+            made.append(samples_to_row(replace(samples, problem=problem, responses=[chosen, rejected])))
+    write_jsonl(out, made)
+
+
+def scored_by(file, score):
+    """Samples whose "dpo" score is made of their tokens' log-ratios by one of SCORES."""
+    found = []
+    for samples in filter(lambda one: one.responses, read_samples(file)):
+        made = [replace(r, scores={"dpo": SCORES[score](r.token_scores["dpo"])}) for r in samples.responses]
+        found.append(replace(samples, responses=made))
+    return found
+
+
+def choose_score(out, validation, *, seed):
+    """The score and the vote's beta whose vote of all samples answers most problems rightly: {"score": its
+    accuracy, "by": the score, "beta"}; the first of equals."""
+    best = {"score": -1.0}
+    for by in SCORES:
+        sampled = scored_by(validation, by)
+        n = len(sampled[0].responses)
+        for beta in BETAS:
+            [ways] = curves(sampled, "dpo", beta=beta, sizes=(n,)).values()
+            found = {"score": sum(ways["vote"]) / len(sampled), "by": by, "beta": beta}
+            best = max(best, found, key=lambda one: one["score"])
+    write_json(out, best)
+
+
+def all_curves(out, chosen, test, *, seed):
+    """{"<way>@<n>": right or not (as a share) of each problem}, by the score and beta that were chosen."""
+    how = read_json(chosen)
+    sampled = scored_by(test, how["by"])
+    sizes = [2**i for i in range(6) if 2**i <= len(sampled[0].responses)]
+    found = curves(sampled, "dpo", beta=how["beta"], sizes=sizes)
+    write_json(out, {f"{way}@{n}": found[n][way] for n in sizes for way in WAYS})
+
+
+def wrong_chains(out, scored, *, seed):
+    """Of each question the first sampled chain that begins rightly and ends wrong, and where the log-ratio
+    puts the blame: {tokens, ratios, wrong: place of the first wrong step, hit: has it the lowest sum of all
+    steps?, chance: of that} a line."""
+    chains = []
+    for samples in read_samples(scored):
+        label = lambda one: pictures.label_steps(samples.problem.id, split_steps(one.text))
+        wrong = ((one, label(one)) for one in samples.responses if not one.correct)
+        for one, labels in (pair for pair in wrong if pair[1][:1] == [True] and False in pair[1]):
+            place, chain = labels.index(False), {"tokens": one.tokens, "ratios": one.token_scores["dpo"]}
+            sums = step_sums(*chain.values())[: len(labels)]
+            hit = float(sums.index(min(sums)) == place)
+            chains += [{**chain, "wrong": place, "hit": hit, "chance": 1 / len(labels)}]
+            break
+    write_jsonl(out, chains)
+
+
+# ---- the experiment ------------------------------------------------------------------------------
+
+
+def declare(E):
+    s = E.size
+    both = both_mix(E, all_taught(E))
+    drawn = E.samples("train-samples", both, n=s.k, **E.problems(E.train, s.sampled))
+    drawing = dict(n=s.n, temperature=s.temperature)
+    chains, apart = (
+        E.samples(f"{split}-samples", both, **drawing, **E.problems(part, limit))
+        for split, part, limit in (("test", E.test, s.test), ("validation", E.validation, s.validation))
+    )
+    grid = dict(grid=dict(lr=s.lrs, beta=s.betas))
+
+    def align(name, init, samples, setting):
+        model = E.model(
+            name, "align.py", "--no-reference", init=init, ref=both, method="dpo", epochs=1, samples=samples,
+            pair_low=0, pair_high=1, save_every=0, probe_every=0, **setting,
+        )  # fmt: skip
+        score = dict(verifier=model, ref=both)
+        judged, tested = (
+            E.samples(f"{one.name}-scored", model, "--token-scores", samples=one, **score)
+            for one in (apart, chains)
+        )
+        chosen = E.file("chosen", choose_score, judged)
+        E.choose_by("score", choose_score, judged, of=[model])
+        E.read("curves", all_curves, chosen, tested, of=[model])
+        return model, chosen, tested, E.samples("train-scored", model, samples=drawn, **score)
+
+    own = E.file("pairs", as_many_pairs, drawn, drawn, "own")
+    dpo, E.how, tested, ranked = align("dpo", both, own, grid)
+    align("dpo-2", dpo, E.file("hardest", hardest_pairs, ranked), dict(at=(dpo, "lr", "beta")))
+    align("dpo-generic", both, E.file("pairs-generic", generic_pairs, own), grid)
+    E.wrong = E.file("wrong-chains", wrong_chains, tested)
+    E.read("greedy", take={"greedy": "correct"}, **E.problems(E.test, s.test))
+
+
+def extra(E):
+    seeds = range(E.size.seeds)
+    hows = [read_json(E.path(E.how, seed)) for seed in seeds]
+    notes = [
+        "Chosen for dpo: " + "; ".join(f"{how['by']}, vote's beta {how['beta']:g}" for how in hows) + "."
+    ]
+    chains = [[row for _, row in read_jsonl(E.path(E.wrong, seed))] for seed in seeds]
+    most = min(100, *map(len, chains))  # an interval takes as many of each seed
+    if not most:
+        return {"notes": notes}
+    hits, chances = (
+        [[one[key] for one in of_seed[:most]] for of_seed in chains] for key in ("hit", "chance")
+    )
+    judged = mean_interval(hits), mean_interval(chances), paired_difference(chances, hits)
+    shares = (f"{share:.1%} [{low:.1%}, {high:.1%}]" for share, low, high in judged)
+    said = (
+        "The lowest log-ratio of a wrong chain's steps is at its first wrong one: {}; by chance {}; more {}."
+    )
+    return {"chain": chains[0][0], "notes": [*notes, said.format(*shares)]}
+
+
+def draw(results, stem):
+    rows = [cell["metrics"] for cell in results["cells"] if cell["name"] == "dpo"]
+    plots.best_of_n(rows, f"{stem}_curves.svg")
+    if "chain" in results["extra"]:
+        plots.log_ratios_along(results["extra"]["chain"], f"{stem}_chain.svg")
+
+
+E = Experiment(
+    "llava_verifier",
+    "LLaVA-Reasoner's verifier: Improve Vision Language Model Chain-of-thought Reasoning (arXiv 2410.16198)",
+    SIZES,
+    FAST,
+    data="toy-pictures",
+    init="toy-vision",
+    splits=("train", "validation", "test[1000:3000]"),  # earlier runs looked at the first 1,000
+)
+
+if __name__ == "__main__":
+    E.main(declare, CLAIMS, COLUMNS, pivots=PIVOTS, extra=extra, draw=draw)
