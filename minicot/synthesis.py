@@ -226,15 +226,18 @@ def binary_search(lengths, rescued):
     rescued([(i, n), ...]) -> for each whether solution i can be rescued after its first n steps; None: not
     known, and solution i is given up. Each round asks for one prefix of every solution that is still open: at
     most ceil(log2(K + 1)) in all. It assumes that what is lost stays lost."""
-    low, high, known = [0] * len(lengths), list(lengths), [True] * len(lengths)
+    low, high, unknown = [0] * len(lengths), list(lengths), set()
     while still := [i for i, (a, b) in enumerate(zip(low, high)) if a < b]:
         middle = [(low[i] + high[i]) // 2 for i in still]
         for i, mid, can in zip(still, middle, rescued([(i, mid + 1) for i, mid in zip(still, middle)])):
-            if can:
+            if can is None:
+                unknown.add(i)
+                high[i] = low[i]
+            elif can:
                 low[i] = mid + 1
             else:
-                high[i], known[i] = (mid, True) if can is not None else (low[i], False)
-    return [a if sure else None for a, sure in zip(low, known)]
+                high[i] = mid
+    return [None if i in unknown else found for i, found in enumerate(low)]
 
 
 def exhaustive_search(lengths, rescued):
@@ -278,15 +281,20 @@ class Rates:
         return [self.known[key(one)] for one in asked]
 
 
-def locate_errors(sampled, rates, *, search=binary_search):
+def locate_errors(sampled, rates, *, search=binary_search, above=0.0):
     """A list of graded Samples -> (the same with step_labels, a report in a line). A right response's labels
     are all True; a wrong one's are True before the step that `search` finds, whose rates stand beside them as
     `step_rates` (None: not asked for).
 
     All problems are searched together. Without labels stay, and are counted: responses that are not graded or
     have no steps, and those of which a prefix could not be rolled out. Where every step can be rescued the
-    answer alone is wrong, and all labels are True. One prefix without a right rollout is lost: as in the
-    paper, the first step of a problem that the model never solves is labelled False."""
+    answer alone is wrong, and all labels are True.
+
+    A prefix can be rescued where its rate is `above` this; the paper's 0 says: by one rollout of n. So the
+    first step of a problem that the model never solves is labelled False, and a rollout that is right by luck
+    behind an error moves the labels. For n = 16, rates of 0.5 before and 0.05 behind an error, 2 to 12 steps,
+    binary search finds 27 % of the errors at 0 (exhaustive search 44 %) and 97 % above 2 / 16
+    (tests/test_synthesis.py)."""
     responses = {(i, j): r for i, one in enumerate(sampled) for j, r in enumerate(one.responses)}
     begun = {(i, j): prefixes(sampled[i].problem, r.text) for (i, j), r in responses.items()}
     graded = {(i, j): r.correct for (i, j), r in responses.items() if sampled[i].problem.answer is not None}
@@ -294,7 +302,7 @@ def locate_errors(sampled, rates, *, search=binary_search):
 
     def rescued(asked):
         found = rates([begun[wrong[i]][n - 1] for i, n in asked])
-        return [None if isinstance(rate, InputError) else rate > 0 for rate in found]
+        return [None if isinstance(rate, InputError) else rate > above for rate in found]
 
     found = dict(zip(wrong, search([len(begun[place]) for place in wrong], rescued)))
     labelled, counts = [list(one.responses) for one in sampled], Counter()
