@@ -403,9 +403,9 @@ def test_noise_that_misses_a_rescue_hurts_binary_search_less_than_exhaustive_sea
 
 def test_luck_behind_an_error_hurts_binary_search_more_and_a_threshold_mends_it():
     (both, binary, exhaustive), _ = noisy(0.5, 0.05, 16)
-    assert 0.24 < binary < 0.30 and 0.41 < exhaustive < 0.47 and both > 0.7
+    assert 0.25 < binary < 0.29 and 0.41 < exhaustive < 0.45 and both > 0.7
     (both, binary, exhaustive), _ = noisy(0.5, 0.05, 16, above=2)
-    assert binary > 0.9 and exhaustive > 0.9 and both > 0.9
+    assert 0.90 < binary < 0.93 and 0.93 < exhaustive and both > 0.93
 
 
 # ---- labels --------------------------------------------------------------------------------------
@@ -524,6 +524,19 @@ def test_every_kind_of_response_is_counted_and_none_is_fatal_to_the_rest():
     assert locate_errors([], Rates(roll_out))[0] == []
 
 
+def test_a_failed_prefix_of_another_response_leaves_no_trace_in_the_file(tmp_path):
+    def roll_out(asked):
+        rolled = simulated([])(asked)
+        return [InputError("no") if one.text == "s0\n" else texts for one, texts in zip(asked, rolled)]
+
+    both = Samples(ANA, [response(1), response(3, wrong_from=2)])
+    [labelled], _ = locate_errors([both], Rates(roll_out))
+    assert [one.step_labels for one in labelled.responses] == [None, [True, True, False]]
+    assert labelled.responses[1].meta == {"step_rates": [None, 0.5, 0.0]}
+    write_jsonl(tmp_path / "l.jsonl", [samples_to_row(labelled)])
+    assert read_samples(tmp_path / "l.jsonl") == [labelled]
+
+
 def test_rates_above_a_threshold_count_as_rescued():
     luck = lambda wrong: 1 / 16 if wrong else 0.5
     one = [Samples(ANA, [response(4, wrong_from=1)])]
@@ -531,6 +544,15 @@ def test_rates_above_a_threshold_count_as_rescued():
     [above], _ = locate_errors(one, Rates(simulated([], luck)), above=2 / 16)
     assert by_luck.responses[0].step_labels == [True] * 4
     assert above.responses[0].step_labels == [True, False, False, False]
+
+
+def test_a_rollout_is_graded_with_its_prefix():
+    """A response that was cut within its line goes on there."""
+    cut = Response("Ana has 7.\nSo the final", False, finish="length")
+    rates = Rates(lambda asked: [[" answer is 10.", "#### 10"] for _ in asked], style="sentence")
+    locate_errors([Samples(ANA, [cut])], rates, search=exhaustive_search)
+    assert {text: rate for (_, text), rate in rates.known.items()} == {"Ana has 7.\n": 0, cut.text: 0.5}
+    assert rates.counts["without an answer"] == 3
 
 
 def test_labels_are_written_and_read_as_samples(tmp_path):
