@@ -306,6 +306,19 @@ def test_the_toy_teacher_says_what_it_is_not_asked():
         teacher.chat("expand", problems.rows("train", 1))(request(ANA, "expand"))
 
 
+def test_the_toy_teacher_looks_at_the_picture_where_questions_are_the_same():
+    rows = pictures.rows("train", 300, difficulty=1)
+    asked = [problem_from_row(row, "toy:1", 1) for row in rows]
+    times = Counter(row["question"] for row in rows)
+    twins = [i for i, row in enumerate(rows) if times[row["question"]] > 1]
+    assert len(twins) > 1 and len({rows[i]["answer"] for i in twins}) > 1
+    made = list(synthesise([asked[i] for i in twins], "rewrite", teacher.chat("rewrite", rows)))
+    assert describe_failures(made) == ""
+    other = replace(asked[0], image=asked[1].image)
+    with pytest.raises(InputError, match="none of its 300 rows"):
+        teacher.chat("expand", rows)(request(other, "expand"))
+
+
 @pytest.fixture(scope="module")
 def base():
     folder = resolve("toy")

@@ -6,14 +6,18 @@ a `kind` says which mistake a solution holds. Every function takes a row of prob
 and easier: XX
 """
 
+import base64
+import io
 import random
 import re
+
+from PIL import Image
 
 from minicot.answers import STYLES, extract_answer, is_correct, number_steps, split_steps
 from minicot.errors import InputError
 from minicot.toy import problems
-from minicot.toy.pictures import chain, in_picture, is_picture, label_steps, read_from, scene_of, wordings_of
-from minicot.toy.pictures import write_step
+from minicot.toy.pictures import chain, draw, in_picture, is_picture, label_steps, read_from, scene_of
+from minicot.toy.pictures import wordings_of, write_step
 from minicot.toy.problems import FACTS, WORDINGS, Quantity, Scene, compute, row_of
 
 MISTAKES = ("arithmetic", "misread", "operation", "skip", "label")
@@ -153,14 +157,21 @@ def teach(row: dict, rng: random.Random, error_rate: float) -> dict:
 
 def chat(task: str, rows: list[dict], *, error_rate: float = 0.0, seed: int = 0):
     """The teacher as a chat, messages -> text (see minicot/chat.py), that answers the requests of
-    minicot/synthesis.py about these rows: task "expand", "rewrite", "unify" or "misinterpret". With
-    probability error_rate the reply has one of MISTAKES; the same messages get the same reply.
+    minicot/synthesis.py about these rows: task "expand", "rewrite", "unify" or "misinterpret". A row is known
+    by its question, and by its picture where several ask the same. The same messages get the same reply.
 
-    In a misinterpretation the first step that the oracle calls wrong, and all behind it, are <neg>.
-    InputError: another task, a question that no row asks, what the task refuses."""
+    With probability error_rate a reply has one of MISTAKES. In a misinterpretation, which always has one, the
+    first step that the oracle calls wrong, and all behind it, are <neg>. InputError: another task, a question
+    that no row asks, what the task refuses."""
     if task not in ("expand", "rewrite", "unify", "misinterpret"):
         raise InputError(f"task is {task!r}; allowed: expand, rewrite, unify, misinterpret")
-    of_question = {row["question"].splitlines()[0]: row for row in rows}
+    of_question = {}
+    for row in rows:
+        of_question.setdefault(row["question"].splitlines()[0], []).append(row)
+
+    def looks_like(row, part):
+        shown = Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2])))
+        return is_picture(scene_of(row)) and draw(row["id"]).tobytes() == shown.tobytes()
 
     def reply(messages):
         parts = messages[-1]["content"]
@@ -168,9 +179,12 @@ def chat(task: str, rows: list[dict], *, error_rate: float = 0.0, seed: int = 0)
         text = "\n\n".join(part["text"] for part in parts if "text" in part)
         said = dict(re.findall(r"^(Question|Answer|Solution):\n(.*?)(?=\n\n|\Z)", text, re.M | re.S))
         question = said.get("Question", "").partition("\n")[0]
-        if question not in of_question:
+        found = of_question.get(question, [])
+        for part in (part for part in parts if "image_url" in part):
+            found = [row for row in found if looks_like(row, part)]
+        if not found:
             raise InputError(f"the teacher is asked {question!r:.80}, which is none of its {len(rows)} rows")
-        rng, row = random.Random(f"{seed} {text}"), of_question[question]
+        rng, row = random.Random(f"{seed} {text}"), found[0]
         if task == "misinterpret":
             made = corrupt(row, rng, "misread")
             first = label_steps(row, made["steps"]).index(False)
