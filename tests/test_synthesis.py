@@ -17,7 +17,7 @@ from PIL import Image
 
 from minicot.answers import number_steps, split_steps, step_spans
 from minicot.chat import ChatError, describe_failures
-from minicot.data import prompt_text
+from minicot.data import image_reader, prompt_text
 from minicot.errors import InputError
 from minicot.records import Problem, Response, Samples, problem_from_row, read_samples, samples_to_row
 from minicot.runs import write_jsonl
@@ -618,3 +618,28 @@ def test_a_prefix_without_room_costs_itself_and_rollouts_that_never_end_count_as
     )
     [error] = [one for one in rates.known.values() if isinstance(one, InputError)]
     assert "do not fit into the context of 512" in str(error)
+
+
+def test_rollouts_see_the_picture(tmp_path):
+    folder = resolve("toy-vision")
+    model, tokenizer = load_model(folder).eval(), Tokenizer(folder)
+    reader = image_reader(model, tokenizer, folder)
+    _, [one, two] = toy(pictures, 2)
+    options = dict(n=1, max_new_tokens=8, temperature=0)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    begun = [
+        prefixes(one, one.solution)[0],
+        prefixes(replace(one, image="broken.png", image_root=str(tmp_path)), one.solution)[0],
+        prefixes(replace(one, id="other", image=two.image), one.solution)[0],
+    ]
+    own, broken, other = model_rollouts(model, tokenizer, reader=reader, **options)(begun)
+    assert isinstance(broken, InputError) and "broken.png" in str(broken)
+    prompt = reader.expand(tokenizer.encode(prompt_text(tokenizer, one, "cot") + begun[0].text), one.id, 1)
+    for texts, problem in ((own, one), (other, two)):
+        pixels = [reader.pixels(problem.images)]
+        room = dict(max_new_tokens=8, temperature=0, stop_ids=tokenizer.stop_ids, seed=0)
+        ids = generate(model, [prompt], images=pixels, **room)
+        assert texts == [tokenizer.decode(ids[0][0])]
+    assert own != other
+    blind = model_rollouts(model, tokenizer, **options)(begun[:1])
+    assert "the model reads text only" in str(blind[0])
