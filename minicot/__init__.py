@@ -17,6 +17,7 @@ Read in this order:
     scoring.py     log-probabilities of a batch, shared prompts computed once
     sampling.py    new responses, graded
     chat.py        a server's model, asked: cache, retries, many requests at a time
+    synthesis.py   solutions by a teacher, step labels by rollouts
     verifier.py    choosing among responses: best-of-n, weighted vote
     metrics.py     accuracies with intervals
     training.py    what a training loop needs besides the loop, which stands in train.py

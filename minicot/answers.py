@@ -24,7 +24,7 @@ _LETTER_MARKER = re.compile(r"\banswer(?: is\b:?|[ \t]*:)|(?<!#)####(?!#)", re.I
 _PAREN_LETTER = re.compile(r"\(([A-Ea-e])\)")
 _BARE_LETTER = re.compile(r"([A-E])(?:[).:](?!\w)|$)")  # "B", "B.", "B) a pen", but not "A dog"
 _LONE_LETTER = re.compile(r"\(?([A-E])\)?\.?")
-_STEP_HEAD = re.compile(r"(?:\*\*)?step \d+\s*[:.]", re.IGNORECASE)
+_STEP_HEAD = re.compile(r"(?:\*\*)?step \d+\s*(?::|\.(?!\d))", re.IGNORECASE)
 _ANSWER_LINE = re.compile(
     r"####(?!#)|###\s*answer\s*:|†\s*answer\s*:|answer\s*:|\$?\\boxed\{|"
     r"(?:(?:so|thus|hence|therefore),? )?the (?:final |correct )?answer is\b",
@@ -194,14 +194,28 @@ def split_steps(text: str) -> list[str]:
     "Step". A line that begins with an answer marker of any style (or is a lone option letter) is the final
     answer and no step.
     """
-    steps: list[str] = []
-    in_block = False
-    for line in (line.strip() for line in text.splitlines()):
+    lines = lambda step: filter(None, (line.strip() for line in step.splitlines()))
+    return ["\n".join(lines(text[start:end])) for start, end in step_spans(text)]
+
+
+def step_spans(text: str) -> list[tuple[int, int]]:
+    """Where the steps of split_steps stand in the text: (start, end) of each, without outer spaces."""
+    spans: list[tuple[int, int]] = []
+    in_block, at = False, 0
+    for whole in text.splitlines(keepends=True):
+        line, start = whole.strip(), at + len(whole) - len(whole.lstrip())
+        at += len(whole)
         if _ANSWER_LINE.match(line) or _LONE_LETTER.fullmatch(line):
             in_block = False
         elif line and in_block and not _STEP_HEAD.match(line):
-            steps[-1] += "\n" + line
+            spans[-1] = (spans[-1][0], start + len(line))
         elif line:
-            steps.append(line)
+            spans.append((start, start + len(line)))
             in_block = bool(_STEP_HEAD.match(line))
-    return steps
+    return spans
+
+
+def number_steps(steps: list[str], answer: str) -> str:
+    """Steps without heads -> URSA's form: `Step 1: ...`, `Step 2: ...`, then a last line `†Answer: ...`."""
+    lines = [f"Step {k}: {step}" for k, step in enumerate(steps, 1)]
+    return "\n".join([*lines, f"†Answer: {answer}"])

@@ -247,12 +247,13 @@ def prefill(model, cache, slots, prompts, images):
     return model.head(hidden[torch.arange(len(unique), device=device), lengths - 1])[of]
 
 
-def encode_prompts(model, tokenizer, problems, *, mode, max_new_tokens, reader=None):
-    """Prompts as generate takes them, pictures' placeholders expanded: a list of ids a problem. InputError
-    where one does not fit into the context, with max_new_tokens behind it, or a picture cannot be seen."""
+def encode_prompts(model, tokenizer, problems, *, mode, max_new_tokens, reader=None, begun=None):
+    """Prompts as generate takes them, pictures' placeholders expanded: a list of ids a problem. `begun`: for
+    each problem the beginning of a response, which goes on from there. InputError where one does not fit into
+    the context, with max_new_tokens behind it, or a picture cannot be seen."""
     context, prompts = model.config.max_position_embeddings, []
-    for problem in problems:
-        prompt = tokenizer.encode(prompt_text(tokenizer, problem, mode))
+    for problem, beginning in zip(problems, begun or [""] * len(problems), strict=True):
+        prompt = tokenizer.encode(prompt_text(tokenizer, problem, mode) + beginning)
         if reader is not None:
             prompt = reader.expand(prompt, problem.id, len(problem.images))
         elif problem.images:
@@ -328,3 +329,19 @@ def respond(tokenizer, ids):
     """Sampled ids -> a Response without a grade."""
     finish = "stop" if ids[-1] in tokenizer.stop_ids else "length"
     return Response(tokenizer.decode(ids), finish=finish, ids=ids)
+
+
+def model_chat(model, tokenizer, *, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0):
+    """A model as a chat, messages -> text (see chat.py): the same messages get the same reply. Threads would
+    only wait for each other: many(..., limit=1). InputError: a picture, no room in the context."""
+    options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    def chat(messages):
+        if not all(isinstance(message["content"], str) for message in messages):
+            raise InputError("a message holds a picture; allowed: text, which is all that model_chat reads")
+        text = tokenizer.chat_prompt(messages)
+        prompt, seeds = tokenizer.encode(text), [seed_of(seed, text)]
+        replies = generate(model, [prompt], stop_ids=tokenizer.stop_ids, seed=seeds, **options)
+        return respond(tokenizer, replies[0][0]).text
+
+    return chat

@@ -225,5 +225,12 @@ def test_numbered_steps_are_blocks_of_lines():
     assert split_steps(text) == ["First a plan.", "Step 1: add\n3 + 4 = 7", "Step 2: double\n7 x 2 = 14"]
 
 
+def test_a_number_with_a_fraction_is_no_step_number():
+    assert split_steps("Step 1. pour\nStep 2.5 l away\nStep 2: fill") == [
+        "Step 1. pour\nStep 2.5 l away",
+        "Step 2: fill",
+    ]
+
+
 def test_empty_text_has_no_steps():
     assert split_steps("") == [] and split_steps("#### 5") == []

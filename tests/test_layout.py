@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "scoring": {"model", "vision", "losses", "data"},
     "sampling": {"errors", "model", "vision", "tokenizer", "answers", "records", "data"},
     "verifier": {"errors", "model", "vision", "tokenizer", "answers", "records", "data", "losses", "scoring"},
+    "synthesis": {"errors", "answers", "records", "data", "sampling", "chat"},
     "metrics": {"answers"},
     "chat": {"errors"},
     "training": {"errors"},
@@ -113,7 +114,7 @@ def test_files_stay_within_their_budgets():
     total = sum(map(statements, core)) + sum(
         statements(ROOT / name) for name in SCRIPTS if (ROOT / name).exists()
     )
-    assert total <= 4050, total
+    assert total <= 4300, total
     assert sum(map(statements, sources(toy))) <= 900
     assert sum(map(statements, sources(recipes))) <= 1000
 

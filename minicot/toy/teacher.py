@@ -6,13 +6,18 @@ a `kind` says which mistake a solution holds. Every function takes a row of prob
 and easier: XX
 """
 
+import base64
+import io
 import random
 import re
 
-from minicot.answers import STYLES, extract_answer, is_correct, split_steps
+from PIL import Image
+
+from minicot.answers import STYLES, extract_answer, is_correct, number_steps, split_steps
+from minicot.errors import InputError
 from minicot.toy import problems
-from minicot.toy.pictures import chain, in_picture, is_picture, label_steps, read_from, scene_of, wordings_of
-from minicot.toy.pictures import write_step
+from minicot.toy.pictures import chain, draw, in_picture, is_picture, label_steps, read_from, scene_of
+from minicot.toy.pictures import wordings_of, write_step
 from minicot.toy.problems import FACTS, WORDINGS, Quantity, Scene, compute, row_of
 
 MISTAKES = ("arithmetic", "misread", "operation", "skip", "label")
@@ -38,7 +43,7 @@ def expand(row: dict, rng: random.Random) -> dict:
     mistakes: see teach)."""
     scene = scene_of(row)
     if not is_correct(row["answer"], str(scene.asked.value)):
-        raise ValueError(
+        raise InputError(
             f"{scene.id}: answer is {row['answer']!r}, the scene's is {scene.asked.value}, "
             "and there is no chain to another"
         )
@@ -55,7 +60,7 @@ def unify(row: dict) -> dict:
     scene = scene_of(row)
     answer = next(filter(None, (extract_answer(row["solution"], style) for style in STYLES)), None)
     if answer is None:
-        raise ValueError(
+        raise InputError(
             f"{scene.id}: no answer in the solution {row['solution']!r:.60}; "
             f"allowed styles: {', '.join(STYLES)}"
         )
@@ -148,6 +153,54 @@ def teach(row: dict, rng: random.Random, error_rate: float) -> dict:
         return {"solution": rewrite(row, rng)["solution"], "kind": "right"}
     mistaken = corrupt(row, rng, rng.choice(MISTAKES))
     return {"solution": mistaken["solution"], "kind": mistaken["kind"]}
+
+
+def chat(task: str, rows: list[dict], *, error_rate: float = 0.0, seed: int = 0):
+    """The teacher as a chat, messages -> text (see minicot/chat.py), that answers the requests of
+    minicot/synthesis.py about these rows: task "expand", "rewrite", "unify" or "misinterpret". A row is known
+    by its question, and by its picture where several ask the same. The same messages get the same reply.
+
+    With probability error_rate a reply has one of MISTAKES. In a misinterpretation, which always has one, the
+    first step that the oracle calls wrong, and all behind it, are <neg>. InputError: another task, a question
+    that no row asks, what the task refuses."""
+    if task not in ("expand", "rewrite", "unify", "misinterpret"):
+        raise InputError(f"task is {task!r}; allowed: expand, rewrite, unify, misinterpret")
+    of_question = {}
+    for row in rows:
+        of_question.setdefault(row["question"].splitlines()[0], []).append(row)
+
+    def looks_like(row, part):
+        shown = Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2])))
+        return is_picture(scene_of(row)) and draw(row["id"]).tobytes() == shown.tobytes()
+
+    def reply(messages):
+        parts = messages[-1]["content"]
+        parts = [{"text": parts}] if isinstance(parts, str) else parts
+        text = "\n\n".join(part["text"] for part in parts if "text" in part)
+        said = dict(re.findall(r"^(Question|Answer|Solution):\n(.*?)(?=\n\n|\Z)", text, re.M | re.S))
+        question = said.get("Question", "").partition("\n")[0]
+        found = of_question.get(question, [])
+        for part in (part for part in parts if "image_url" in part):
+            found = [row for row in found if looks_like(row, part)]
+        if not found:
+            raise InputError(f"the teacher is asked {question!r:.80}, which is none of its {len(rows)} rows")
+        rng, row = random.Random(f"{seed} {text}"), found[0]
+        if task == "misinterpret":
+            made = corrupt(row, rng, "misread")
+            first = label_steps(row, made["steps"]).index(False)
+            tag = lambda j: "<pos>" if j < first else "<neg>"
+            made["steps"] = [f"{step} {tag(j)}" for j, step in enumerate(made["steps"])]
+        elif rng.random() < error_rate:
+            made = corrupt(row, rng, rng.choice(MISTAKES))
+        elif task == "unify":
+            made = unify({**row, "solution": said.get("Solution", "")})
+        else:
+            made = {"expand": expand, "rewrite": rewrite}[task](
+                {**row, "answer": said.get("Answer", row["answer"])}, rng
+            )
+        return number_steps(made["steps"], extract_answer(made["solution"], "hash"))
+
+    return reply
 
 
 def harder(row: dict, rng: random.Random) -> dict:
