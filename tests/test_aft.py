@@ -236,8 +236,9 @@ def test_the_recipe_declares_the_papers_methods_and_its_claims_name_them(tmp_pat
     assert {"vft", "rft", "dpo-none", "rrhf-boundary", "pro-detached", "rank-pro-boundary"} <= models.keys()
     sizes, aligned = recipe.SIZES, [model for name, model in models.items() if name != "vft"]
     for model in aligned:  # the same grid for all arms of a method, and one rate for all
-        dpo = model.name.startswith("dpo")
-        own, one = (sizes["dpo_lrs"], sizes["dpo_one_rate"]) if dpo else (sizes["lrs"], sizes["one_rate"])
+        method = model.name.split("-")[0]
+        own = sizes[{"dpo": "dpo_lrs", "rrhf": "few_lrs", "pro": "few_lrs"}.get(method, "lrs")]
+        one = sizes["dpo_one_rate" if method == "dpo" else "one_rate"]
         grids = {"": {own, (one,)}, "@one-rate": {(one,)}}["@one-rate" if "@" in model.name else ""]
         assert model.grid["lr"] in grids and one in own
     same = {(m.flags["init"], m.flags["epochs"], m.flags["batch_size"]) for m in aligned}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from minicot.errors import InputError
-from minicot.recipes import aft, llava_reasoner
+from minicot.recipes import aft, llava_reasoner, llava_verifier
 from minicot.recipes import work
 from minicot.recipes.experiment import RESULTS, Experiment, Next
 from minicot.recipes.tables import BY_HAND, claims, judge_all, numbers, pack, read_results, sides, tables
@@ -593,7 +593,7 @@ def test_results_of_another_base_or_other_problems_are_of_another_world(toy, mon
 RECIPES = {"aft_main": aft, "llava_reasoner": llava_reasoner}
 
 
-@pytest.mark.parametrize("recipe", [aft, llava_reasoner])
+@pytest.mark.parametrize("recipe", [aft, llava_reasoner, llava_verifier])
 def test_no_claim_holds_where_all_models_are_the_same(recipe):
     """A rule that equal models pass needs a control that is not equal."""
     for claim in recipe.CLAIMS:

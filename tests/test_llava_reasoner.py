@@ -18,13 +18,14 @@ from minicot.data import make_groups, truncate_words
 from minicot.errors import InputError
 from minicot.recipes import llava_diagnose as diagnose
 from minicot.recipes import llava_reasoner as recipe
+from minicot.recipes import llava_verifier as ranking
 from minicot.recipes.tables import judge_all, markdown, pack, tables
 from minicot.records import Problem, Response, Samples, read_jsonl, samples_to_row
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures, teacher
 from minicot.runs import write_jsonl
 from minicot.training import resolve
-from minicot.verifier import step_sums
+from minicot.verifier import best_of_n, best_of_repeated, step_sums
 
 TOKENIZER = Tokenizer(resolve("toy"))
 
@@ -94,12 +95,72 @@ def test_a_solution_that_spells_out_the_right_choice_is_taught(tmp_path):
         recipe.teach(E)
 
 
-def test_a_problem_whose_picture_cannot_be_read_is_in_no_curve(tmp_path):
-    right = {"text": "#### 1", "answer": "1", "correct": True, "scores": {"dpo": 1.0, "dpo-cut": 1.0}}
-    rows = [{"id": "a", "answer": "1", "responses": []}, {"id": "b", "answer": "1", "responses": [right] * 2}]
-    write_jsonl(tmp_path / "scored.jsonl", [{"question": "?", **row} for row in rows])
-    recipe.all_curves(tmp_path / "curves.json", tmp_path / "scored.jsonl", seed=0)
-    assert json.loads((tmp_path / "curves.json").read_text())["vote@2"] == [1.0]
+def scored(answers, ratios, gold="1"):
+    """A problem's row with a response of these token log-ratios for each answer."""
+    made = [
+        {"text": f"#### {a}", "answer": a, "correct": a == gold, "tokens": ["x"] * len(r)}
+        | {"scores": {"dpo": sum(r)}, "token_scores": {"dpo": r}}
+        for a, r in zip(answers, ratios)
+    ]
+    return {"question": "?", "answer": gold, "responses": made}
+
+
+def test_the_score_and_the_vote_are_chosen_on_validation_and_read_out_on_test(tmp_path):
+    """A wrong chain whose one token has a huge ratio wins by the sum and the mean; clipped, it loses."""
+    right, wrong = [0.9] * 4, [50.0, -1.0, -1.0, -1.0]
+    rows = [{**scored("1232", [right, wrong, [0.1], wrong]), "id": f"p{i}"} for i in range(3)]
+    rows.append({"question": "?", "id": "unread", "answer": "1", "responses": []})
+    write_jsonl(tmp_path / "validation", rows)
+    ranking.choose_score(tmp_path / "chosen", tmp_path / "validation", seed=0)
+    chosen = json.loads((tmp_path / "chosen").read_text())
+    assert chosen == {"score": 1.0, "by": "clipped", "beta": 0.3}  # at 0.1 two of the wrong ones outvote it
+    ranking.all_curves(tmp_path / "curves", tmp_path / "chosen", tmp_path / "validation", seed=0)
+    curves = json.loads((tmp_path / "curves").read_text())
+    assert curves["vote@4"] == curves["best@4"] == [1.0] * 3 and curves["majority@4"] == [0.0] * 3
+    assert curves["best repeated@4"] == [0.0] * 3 and set(curves) >= {"pass@1", "vote@2"}
+
+
+def test_the_second_rounds_rejected_chains_are_the_wrong_ones_that_score_highest(tmp_path):
+    rows = [
+        {**scored("11234", [[0.0], [0.0], [3.0], [-9.0], [5.0]]), "id": "mixed"},
+        {**scored("1111", [[0.0]] * 4), "id": "solved"},
+        {**scored("2345", [[0.0]] * 4), "id": "unsolved"},
+    ]
+    rows[0]["responses"].append({"text": "#### 5", "answer": "5", "correct": False, "scores": {"dpo": 4.0}})
+    write_jsonl(tmp_path / "scored", rows)
+    ranking.hardest_pairs(tmp_path / "pairs", tmp_path / "scored", seed=0)
+    made = [row for _, row in read_jsonl(tmp_path / "pairs")]
+    assert [row["id"] for row in made] == ["mixed/0", "mixed/1", "mixed/2"]
+    assert [row["responses"][1]["answer"] for row in made] == ["4", "5", "2"]
+    assert all(row["responses"][0]["correct"] for row in made)
+
+
+def test_generic_pairs_misread_one_number_of_the_picture(tmp_path):
+    write_jsonl(tmp_path / "own", [{"id": str(i)} for i in range(9)])
+    recipe.generic_pairs(tmp_path / "pairs", tmp_path / "own", seed=0)
+    made = [row for _, row in read_jsonl(tmp_path / "pairs")]
+    assert len(made) == 9 and sum(row["id"].endswith("-caption") for row in made) == 4
+    for row in made:
+        right, wrong = (one["text"].split() for one in row["responses"])
+        assert row["responses"][0]["correct"] and not row["responses"][1]["correct"]
+        assert len(right) == len(wrong) and sum(a != b for a, b in zip(right, wrong)) == 1
+
+
+def test_pairs_without_tables_and_the_commonest_answer(tmp_path):
+    write_jsonl(tmp_path / "own", [{"id": f"{kind}-1-2/0"} for kind in pictures.KINDS])
+    recipe.without_tables(tmp_path / "pairs", tmp_path / "own", seed=0)
+    assert [row["id"] for _, row in read_jsonl(tmp_path / "pairs")] == ["rows-1-2/0", "bars-1-2/0"]
+    for name, answers in (("train.jsonl", "1223"), ("test.jsonl", "213")):
+        write_jsonl(tmp_path / name, [{"question": "?", "answer": answer} for answer in answers])
+    recipe.commonest(tmp_path / "out", tmp_path / "train.jsonl", tmp_path / "test.jsonl", seed=0)
+    assert json.loads((tmp_path / "out").read_text()) == {"cot": [True, False, False]}
+
+
+def test_long_problems_have_four_and_five_operations():
+    rows = pictures.long_rows("train", 12)
+    assert {row["id"].rsplit("-", 1)[1] for row in rows} == {"4", "5"}
+    words = [len(row["solution"].split(" ")) for row in rows]
+    assert min(words) > 45 and all(all(pictures.label_steps(row, row["steps"])) for row in rows)
 
 
 def results():
@@ -111,18 +172,15 @@ def results():
         "both": (0.3, 0.4),
         "dpo": (0.3, 0.4),
         "blind": (0.1, 0.1),
+        "commonest": (0.1, 0.1),
     }
-    ways = {"majority@32": [0, 1] * 50, "best@32": [1] * 100, "vote@32": [0, 1] * 50}
     cells = []
     for model, both in shares.items():
         lists = {mode: [int(i < 400 * share) for i in range(400)] for mode, share in zip(recipe.MODES, both)}
-        lists |= {"both": {"sampled": [[4, 8]] * 50}, "dpo": {"sampled": [[6, 8]] * 50, **ways}}.get(
-            model, {}
-        )
+        lists |= {"both": {"sampled": [[4, 8]] * 50}, "dpo": {"sampled": [[6, 8]] * 50}}.get(model, {})
         means = {name: 0.75 if name == "sampled" else sum(v) / len(v) for name, v in lists.items()}
-        means |= {"cot_missing": 0.0}
         packed = {name: pack(values) for name, values in lists.items()}
-        row = {"name": model, "settings": {}, "metrics": means, "lists": packed}
+        row = {"name": model, "settings": {}, "metrics": means | {"cot_missing": 0.0}, "lists": packed}
         cells += [{**row, "seed": seed} for seed in range(3)]
     found = {"cells": cells, "grid": [], "extra": {}}
     return {**found, "claims": judge_all(found, recipe.CLAIMS)}
@@ -131,25 +189,36 @@ def results():
 def test_claims_are_judged_by_what_their_names_stand_for():
     verdicts = {claim["id"]: claim["verdict"] for claim in results()["claims"]}
     assert verdicts["a1"] == "holds" and verdicts["a2"] == "holds"  # +1 point; far below CoT SFT
-    assert verdicts["b1"] == "holds" and verdicts["c1"] == "holds"  # the mean of both prompts
-    assert verdicts["d1"] == "not seen" and "d2" not in verdicts  # its control did not run
-    assert verdicts["d4"] == "holds" and "d5" not in verdicts
-    assert verdicts["e1"] == "not seen" and verdicts["e2"] == "holds"
-    assert verdicts["g1"] == "holds"
+    assert verdicts["b1*"] == "holds" and verdicts["c1"] == "holds"  # the mean of both prompts
+    assert verdicts["d1*"] == "not seen" and "d2*" not in verdicts  # its control did not run
+    assert verdicts["d5"] == "holds" and "d6" not in verdicts
+    assert verdicts["g1"] == "holds"  # as the commonest answer
 
 
-def test_the_table_shows_each_model_each_way_and_each_claim():
-    lines = tables(results(), recipe.COLUMNS, recipe.PIVOTS)
+def test_the_tables_show_each_model_each_way_and_each_claim():
+    lines = tables(results(), recipe.COLUMNS)
     assert sum(line.startswith("| cot | 30.0% | 40.0% |") for line in lines) == 1
     assert any(line.startswith("| dpo | 30.0% | 40.0% | +0.0% [+0.0%, +0.0%] | 75.0% |") for line in lines)
-    assert sum(line.startswith("| best |  |  |  |  |  | 100.0% |") for line in lines) == 1
     assert sum(line.startswith("| a1. ") for line in lines) == 1
+    ways = {"majority@16": [0, 1] * 50, "best@16": [1] * 100, "vote@16": [0, 1] * 50}
+    cells = [
+        {"name": "dpo", "seed": seed, "settings": {}, "metrics": {"best@16": 1.0}}
+        | {"lists": {name: pack(values) for name, values in ways.items()}}
+        for seed in range(3)
+    ]
+    found = {"cells": cells, "grid": [], "extra": {}}
+    found["claims"] = judge_all(found, ranking.CLAIMS)
+    verdicts = {claim["id"]: claim["verdict"] for claim in found["claims"]}
+    assert verdicts == {"e1*": "not seen", "e2": "holds"}
+    lines = tables(found, ranking.COLUMNS, ranking.PIVOTS)
+    assert sum(line.startswith("| best |  |  |  |  | 100.0% |") for line in lines) == 1
 
 
 def test_figures_are_drawn(tmp_path):
     chain = {"tokens": ["Tom", " has"], "ratios": [0.5, -1.0], "wrong": 0}
-    recipe.draw({**results(), "extra": {"chain": chain}}, tmp_path / "x")
-    assert all((tmp_path / f"x_{name}.svg").stat().st_size > 1000 for name in ("verifier", "chain"))
+    cells = [{"name": "dpo", "metrics": {"best@1": 0.5, "best@2": 0.6}}]
+    ranking.draw({"cells": cells, "extra": {"chain": chain}}, tmp_path / "x")
+    assert all((tmp_path / f"x_{name}.svg").stat().st_size > 1000 for name in ("curves", "chain"))
 
 
 def test_every_mix_holds_the_format_rows_and_its_own():
@@ -280,8 +349,8 @@ def test_what_scores_order_and_answers_that_nobody_else_gives():
     assert diagnose.orders(chains_of(TABLE, (right, 0.5)), "dpo") is None
     assert diagnose.orders(chains_of(TABLE, (right, 0.5), (wrong, 0.5)), "dpo") == 0.5
     both = diagnose.answers_and_scores(samples, "dpo")
-    assert diagnose.best_of_n(*both) == "7" and diagnose.best_of_repeated(*both) == TABLE["answer"]
-    assert diagnose.best_of_repeated(["1", "2", None, None], [0.5, 3.0, 9.0, 9.0]) == "2"  # none is repeated
+    assert best_of_n(*both) == "7" and best_of_repeated(*both) == TABLE["answer"]
+    assert best_of_repeated(["1", "2", None, None], [0.5, 3.0, 9.0, 9.0]) == "2"  # none is repeated
 
 
 def test_the_diagnosis_prints_shares_and_differences():
@@ -294,8 +363,8 @@ def test_the_diagnosis_prints_shares_and_differences():
     shown = lambda table: "\n".join(markdown(*table))
     table = shown(diagnose.errors_table([found]))
     assert "| table | 25.0% | 0.0% | 50.0% | 0.0% | 0.0% | 0.0% | 0.0% | 0.0% | 25.0% |" in table
-    orders = shown(diagnose.orders_table([found] * 2, "dpo"))
-    votes = shown(diagnose.betas_table([found] * 2, "dpo", (0.01, 30)))
+    orders = shown(diagnose.orders_table([found] * 2, "dpo", "sum"))
+    votes = shown(diagnose.betas_table([found] * 2, "dpo", "sum", (0.01, 30)))
     assert orders.count("| 100.0% | 100.0% | 100.0% | 100.0% | 100.0% | 66.7% | 66.7% |") == 2
     assert votes.count("| +0.0% [+0.0%, +0.0%] | +33.3% [") == 2  # at beta 30 the best response decides
 
@@ -322,7 +391,7 @@ def test_wrong_chains_are_the_first_that_begin_rightly_and_say_where_the_blame_l
             for one in made.responses
         ]  # fmt: skip
         write_jsonl(tmp_path / "scored", [samples_to_row(Samples(made.problem, responses))])
-        recipe.wrong_chains(tmp_path / "chains", tmp_path / "scored", seed=0)
+        ranking.wrong_chains(tmp_path / "chains", tmp_path / "scored", seed=0)
         [(_, chain)] = read_jsonl(tmp_path / "chains")
         return chain
 

@@ -55,7 +55,7 @@ def pool(answers, scores, gold="1"):
     return Samples(Problem("p", "q", answer=gold), responses)
 
 
-WAYS = ("majority", "best", "vote", "sigmoid vote", "raw vote", "pass")
+WAYS = ("majority", "best", "best repeated", "vote", "sigmoid vote", "raw vote", "pass")
 
 
 def test_curves_use_every_sample_at_every_n():

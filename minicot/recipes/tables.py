@@ -151,9 +151,10 @@ def tables(results, columns, pivots=()):
         models = dict.fromkeys(c["name"] for c in results["cells"] if c.get("table", first) == group)
         rows = [(model, *(entry(results, model, one) for one in heads.values())) for model in models]
         lines += markdown((group, *heads), rows) if rows else []
-    for head, model, names, points in pivots:
+    there = {cell["name"] for cell in results["cells"]}
+    for head, model, names, points in (pivot for pivot in pivots if pivot[1] in there):
         rows = [(name, *(entry(results, model, f"{{{name}@{p}:.1%}}") for p in points)) for name in names]
-        lines += markdown((head, *(f"n = {point}" for point in points)), rows)
+        lines += markdown((f"{model}: {head}", *(f"n = {point}" for point in points)), rows)
     head, rows = ["claim (* primary)", "difference [95 %]", "verdict"], []
     shown = lambda one: ["{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**one), one["verdict"]]
     twice = any("one_rate" in claim for claim in results["claims"])
