@@ -172,7 +172,7 @@ def results():
         "both": (0.3, 0.4),
         "dpo": (0.3, 0.4),
         "blind": (0.1, 0.1),
-        "commonest": (0.1, 0.1),
+        "commonest": (0.1, 0.095),
     }
     cells = []
     for model, both in shares.items():
@@ -192,7 +192,7 @@ def test_claims_are_judged_by_what_their_names_stand_for():
     assert verdicts["b1*"] == "holds" and verdicts["c1"] == "holds"  # the mean of both prompts
     assert verdicts["d1*"] == "not seen" and "d2*" not in verdicts  # its control did not run
     assert verdicts["d5"] == "holds" and "d6" not in verdicts
-    assert verdicts["g1"] == "holds"  # as the commonest answer
+    assert verdicts["g1"] == "holds"  # within 2 points of the commonest answer
 
 
 def test_the_tables_show_each_model_each_way_and_each_claim():

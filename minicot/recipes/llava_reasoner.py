@@ -92,7 +92,7 @@ f2 |sampled       |dpo       |dpo-uncut     |up  |... on sampled chains
 f3 |cot           |dpo-w0.35 |dpo-uncut     |up  |... W at 0.35 of the mean length
 f4 |cot           |dpo-w0.5  |dpo-uncut     |up  |... at 0.5
 f5 |cot           |dpo-w0.7  |dpo-uncut     |up  |... at 0.7
-g1 |cot           |blind     |commonest     |below 0.02|without the picture, what the commonest answer gives
+g1 |cot           |blind     |commonest     |within 0.02, both|without the picture, as the commonest answer
 h1 |extraction_cot|both|both/extraction_direct|down|CoT lies below direct where a number is to be read
 """)
 PAPER = {
