@@ -21,5 +21,6 @@ Read in this order:
     metrics.py     accuracies with intervals
     training.py    what a training loop needs besides the loop, which stands in train.py
     runs.py        the run folder: whole files, a lock, signals, checkpoints
+    rollouts.py    a step's groups: given samples, or drawn from the policy
     evaluation.py  held-out problems, before and after
 """
