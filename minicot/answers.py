@@ -194,14 +194,22 @@ def split_steps(text: str) -> list[str]:
     "Step". A line that begins with an answer marker of any style (or is a lone option letter) is the final
     answer and no step.
     """
-    steps: list[str] = []
-    in_block = False
-    for line in (line.strip() for line in text.splitlines()):
+    return [step for step, _ in steps_with_ends(text)]
+
+
+def steps_with_ends(text: str) -> list[tuple[str, int]]:
+    """The steps of split_steps, each with the place of the line break in `text` that ends it: len(text) where
+    the text ends first. Steps are known by the beginnings of lines, so "Step 2" inside a sentence is none."""
+    steps: list[tuple[str, int]] = []
+    in_block, start = False, 0
+    for whole in text.splitlines(keepends=True):
+        line, end = whole.strip(), start + len(whole.splitlines()[0])
+        start += len(whole)
         if _ANSWER_LINE.match(line) or _LONE_LETTER.fullmatch(line):
             in_block = False
         elif line and in_block and not _STEP_HEAD.match(line):
-            steps[-1] += "\n" + line
+            steps[-1] = (steps[-1][0] + "\n" + line, end)
         elif line:
-            steps.append(line)
+            steps.append((line, end))
             in_block = bool(_STEP_HEAD.match(line))
     return steps
