@@ -4,6 +4,7 @@
     python align.py --method dpo --beta 0.1 --init runs/sft --samples runs/samples.jsonl --out runs/dpo
     python align.py --method rrhf --constraint boundary --margin 0.1
     python align.py --method grpo --normalisation dapo --clip-high 0.28 --resample 4
+    python align.py --method grpo --reward ps-grpo --verifier runs/prm --kl 0.003
 
 A new loss is one pure function in minicot/losses.py and one row in METHODS below; the loop does not change.
 B groups (problems), K responses of the largest, N rows (all responses), T tokens.
@@ -33,6 +34,7 @@ from minicot.losses import aft_loss, better_than, clipped, dpo_loss, group_advan
 from minicot.losses import k3, pro_loss, rrhf_loss, sequence_logps, sft_loss
 from minicot.metrics import repeated_4grams
 from minicot.records import read_samples, samples_to_row
+from minicot.rewards import mean_reward, outcome, ps_grpo_reward
 from minicot.rollouts import from_policy, from_samples, plan_rollouts, questions
 from minicot.sampling import sample_groups
 from minicot.scoring import score
@@ -42,6 +44,7 @@ from minicot.runs import Log, Run, check_out, load_checkpoint, write_jsonl, writ
 from minicot.training import autocast, clip_gradients, digest_of, make_optimizer, pick_device
 from minicot.training import refuse_non_finite, report_unreadable, resolve, set_lr, train_first, train_only
 from minicot.training import weights_digest
+from minicot.verifier import reward_scores
 from minicot.weights import load_model
 
 
@@ -106,12 +109,10 @@ def grpo(g, c, _):
     return to_groups(losses, g.batch).sum(1) / g.present.sum(1)
 
 
-def outcome(response):
-    """GRPO's reward of a response: 1 where its final answer is right, else 0. One that was cut off is wrong,
-    whatever stands in it: it never came to its end, and rewarded it would learn to go on."""
-    return float(bool(response.correct) and response.finish == "stop")
-
-
+REWARDS = {  # of GRPO, by --reward: what a Response is worth that --verifier has judged; see rewards.py
+    "ps-grpo": lambda r, c: ps_grpo_reward(outcome(r), r.step_scores["prm"], rho=c.rho, gamma=c.gamma),
+    "mean": lambda r, c: mean_reward(outcome(r), r.step_scores["prm"]),
+}
 METHODS = {  # g: Groups, c: the flags, k: constraint and margin
     "rft": Method(None, sft="right"),
     "rrhf": Method(lambda g, c, k: rrhf_loss(g.scores, g.better, **k), sft="best", constraint="none"),
@@ -340,12 +341,20 @@ def complete(config):
     check(config.method in METHODS, "--method", config.method, ", ".join(METHODS))
     method = METHODS[config.method]
     of_grpo = ("normalisation", "updates", "clip_low", "clip_high", "kl", "resample")
+    of_grpo += ("reward", "verifier", "rho", "gamma")
     of_others = ("samples", "ref_logps", "truncate_words")
     why = "draws its own responses, to the problems of --data" if method.reward else "does not use it"
     for name in of_others if method.reward else of_grpo:
         value, unset = getattr(config, name), getattr(AlignConfig, name)
         allowed = f"its default, {unset!r}: {config.method} {why}"
         check(value == unset, "--" + name.replace("_", "-"), value, allowed)
+    judged = config.reward != "outcome"
+    allowed = f"{'a PRM' if judged else 'nothing'}, with --reward {config.reward}"
+    check(bool(config.verifier) == judged, "--verifier", config.verifier, allowed)
+    given = (config.rho, config.gamma) != (AlignConfig.rho, AlignConfig.gamma)
+    check(
+        not given or config.reward == "ps-grpo", "--reward", config.reward, "ps-grpo, with --rho or --gamma"
+    )
     default, data = config.constraint == "default", config.data or ("" if config.samples else "toy")
     config = replace(
         config,
@@ -384,6 +393,16 @@ def load_policy(config, device):
     return folder, model, tokenizer, image_reader(model, tokenizer, folder)
 
 
+def load_judge(config, device):
+    """--reward and its PRM -> (a function from Samples to the same with step scores, Response -> reward)."""
+    folder = resolve(config.verifier)
+    prm, tokenizer = load_model(folder, device=device, reward=True).eval(), Tokenizer(folder)
+    check(prm.kind == "prm", "--verifier", config.verifier, f"a PRM, this is an {prm.kind}")
+    how = dict(name="prm", mode=config.mode, batch_size=config.eval_batch_size)
+    judge = partial(reward_scores, prm, tokenizer, reader=image_reader(prm, tokenizer, folder), **how)
+    return judge, lambda response: REWARDS[config.reward](response, config)
+
+
 def read_data(config, method):
     """(samples, none where they are still to be drawn; the problems to learn from; held-out problems)."""
     before = config.resume and not method.reward
@@ -411,6 +430,7 @@ def leave_out_unreadable(samples, problems, held_out, reader):
 def main(config):
     config, method = complete(config)
     device, inputs = pick_device(config.device), [config.init, config.ref, config.samples, config.ref_logps]
+    inputs.append(config.verifier)
     inputs = [path for path in inputs if path]
     check_out(config, inputs)
     data = read_data(config, method)
@@ -447,9 +467,9 @@ def main(config):
         if method.reward:
             load_ref = partial(load_model, dtype=torch.float32, device=device)
             ref_model = load_ref(resolve(config.ref or folder)) if config.kl else None
-            source = from_policy(
-                model, ref_model, problems, batches, steps, config, tokenizer, asking, method.reward
-            )
+            judge, reward = load_judge(config, device) if config.verifier else (None, method.reward)
+            asked = (steps, config, tokenizer, asking, reward, judge)
+            source = from_policy(model, ref_model, problems, batches, *asked)
         else:
             source = from_samples(groups, ref, batches, steps, config, tokenizer, reader)
         progress = tqdm(steps, unit="step", disable=None)

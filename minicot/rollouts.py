@@ -55,7 +55,7 @@ def from_samples(groups, ref, batches, steps, config, tokenizer, reader):
     return ahead(micro_batches, steps)
 
 
-def from_policy(model, ref_model, problems, batches, steps, config, tokenizer, asking, reward):
+def from_policy(model, ref_model, problems, batches, steps, config, tokenizer, asking, reward, judge=None):
     """The other source: a batch of problems gets --k responses each from the policy as it is, when the loop
     asks for them, and they serve for --updates steps. ref_model: None with --kl 0.
 
@@ -67,7 +67,8 @@ def from_policy(model, ref_model, problems, batches, steps, config, tokenizer, a
     for step in steps:
         if (step - 1) % config.updates == 0:
             chosen = batches[(step - 1) // config.updates]
-            sampled, about = roll_out(model, tokenizer, problems, chosen, step, config, asking, reward)
+            how = (step, config, asking, reward, judge)
+            sampled, about = roll_out(model, tokenizer, problems, chosen, *how)
             groups = [as_drawn(tokenizer, samples, config.mode) for samples in sampled]
             if config.peek and step == 1:
                 peek(tokenizer, groups[: config.peek])
@@ -80,8 +81,9 @@ def from_policy(model, ref_model, problems, batches, steps, config, tokenizer, a
         yield micros, about
 
 
-def roll_out(model, tokenizer, problems, chosen, step, config, asking, reward):
+def roll_out(model, tokenizer, problems, chosen, step, config, asking, reward, judge=None):
     """--k responses to each of the chosen problems (their numbers) -> (their Samples, what to log of them).
+    reward: Response -> float, after judge: a list of Samples -> the same with a PRM's scores (None: without).
 
     A group whose rewards are all equal is dead: its advantages are 0. DAPO's dynamic sampling: up to
     --resample times, other problems, in an order that depends on seed and step, take the dead ones' places;
@@ -96,7 +98,7 @@ def roll_out(model, tokenizer, problems, chosen, step, config, asking, reward):
     for _ in range(1 + config.resample):
         with autocast(config, device):
             stream = sample_groups(model, tokenizer, [problems[i] for i in numbers], **settings)
-            for place, samples in zip(places, stream):
+            for place, samples in zip(places, judge(list(stream)) if judge else stream):
                 graded = [replace(r, reward=reward(r)) for r in samples.responses]
                 sampled[place] = replace(samples, responses=graded)
                 drawn.append(sampled[place])
@@ -109,7 +111,10 @@ def roll_out(model, tokenizer, problems, chosen, step, config, asking, reward):
     left = [samples for samples in sampled.values() if samples.responses]
     if not left:
         raise InputError(f"step {step}: no problem has a response; the first: {drawn[0].error}")
+    judged = [response.scores["prm"] for response in responses if judge]
     return left, {
+        "prm_score": sum(judged) / len(judged) if judged else None,
+        "right": sum(bool(response.correct) for response in responses) / max(len(responses), 1),
         "dead_groups": sum(map(dead, drawn)) / len(drawn),
         "dead_groups_left": sum(map(dead, left)) / len(left),
         "resampled": len(drawn) - len(chosen),

@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "chat": {"errors"},
     "training": {"errors"},
     "runs": {"config", "errors", "tokenizer", "training", "weights"},
+    "rewards": {"losses"},
     "rollouts": {"config", "data", "errors", "sampling", "scoring", "training"},
     "evaluation": {"data", "losses", "metrics", "runs", "sampling", "scoring", "sets", "training", "weights"},
 }
