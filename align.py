@@ -436,6 +436,7 @@ def main(config):
     data = read_data(config, method)
     folder, model, tokenizer, reader = load_policy(config, device)
     samples, problems, held_out = leave_out_unreadable(*data, reader)
+    judge, reward = load_judge(config, device) if config.verifier else (None, method.reward)
     asking = how_to_ask(config, config.mode, reader)
     evaluate = partial(measure, tokenizer=tokenizer, problems=held_out, rows=[], asking=asking, config=config)
     constrained = {"constraint": config.constraint, "margin": config.margin} if method.constraint else {}
@@ -467,7 +468,6 @@ def main(config):
         if method.reward:
             load_ref = partial(load_model, dtype=torch.float32, device=device)
             ref_model = load_ref(resolve(config.ref or folder)) if config.kl else None
-            judge, reward = load_judge(config, device) if config.verifier else (None, method.reward)
             asked = (steps, config, tokenizer, asking, reward, judge)
             source = from_policy(model, ref_model, problems, batches, *asked)
         else:

@@ -185,8 +185,8 @@ def main(config):
                 if config.task == "sft":
                     part = sft_loss(values, batch.loss_mask, n_tokens=n_target)
                 else:
-                    steps_of = batch.step_labels, batch.step_ends >= 0
-                    part = prm_loss(values, *steps_of, reduce=config.reduce).sum() / len(chosen)
+                    costs = prm_loss(values, batch.step_labels, batch.step_ends >= 0, reduce=config.reduce)
+                    part = costs.sum() / len(chosen)
                 part.backward()
                 loss += part.item()
             ids = [row.problem_id for row in chosen]

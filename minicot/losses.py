@@ -337,7 +337,7 @@ def clipped(token_logps, old_token_logps, advantages, *, clip_low=0.2, clip_high
 
 
 def prm_loss(step_logits, step_labels, step_mask, *, reduce="sum"):
-    """Process reward model (URSA, section 3.2): binary cross-entropy of each step, y = 1 where all is right
+    """Process reward model (URSA, stage II): binary cross-entropy of each step, y = 1 where all is right
     so far.
 
         - sum over steps j of  y_j log p_j + (1 - y_j) log(1 - p_j),     p = sigmoid(logit)

@@ -1,5 +1,5 @@
 """What a response is worth to GRPO: by its outcome, and by a process reward model as well (URSA, arXiv
-2501.04686, section 5).
+2501.04686, stage III).
 
 Each variant is one pure function of plain numbers: `correct`, whether the outcome is right, and
 `step_scores`, a PRM's probability p_1 ... p_K at each step that all is right so far.

@@ -8,7 +8,7 @@ response's tokens, is the reward that it has learned up to a constant of the que
     weighted vote   argmax over answers a of the sum over responses with answer a of weight(score)
     majority vote   the same with weight 1 (self-consistency, Wang et al., arXiv 2203.11171)
 
-A process reward model (PRM: URSA, arXiv 2501.04686, sections 3.2 and 4) is trained to be one: at the end of
+A process reward model (PRM: URSA, arXiv 2501.04686, stage II) is trained to be one: at the end of
 each step it gives the probability that all is right so far, and a solution's score is the mean of these (the
 paper's), their least, last or product. An outcome reward model (ORM) gives one, at the end of the response.
 The sum of weight "raw" is the vote by probabilities.
