@@ -4,12 +4,12 @@
     python align.py --method dpo --beta 0.1 --init runs/sft --samples runs/samples.jsonl --out runs/dpo
     python align.py --method rrhf --constraint boundary --margin 0.1
     python align.py --method grpo --normalisation dapo --clip-high 0.28 --resample 4
+    python align.py --method grpo --reward ps-grpo --verifier runs/prm --kl 0.003
 
 A new loss is one pure function in minicot/losses.py and one row in METHODS below; the loop does not change.
 B groups (problems), K responses of the largest, N rows (all responses), T tokens.
 """
 
-import math
 import os
 import time
 
@@ -20,14 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from minicot.config import AlignConfig, check, run
-from minicot.data import Batch, ahead, check_pictures, collate, encode_row, image_reader, make_groups, pairs
+from minicot.data import Batch, check_pictures, collate, encode_row, image_reader, make_groups, pairs
 from minicot.data import peek, readable, schedule, seed_of, target, longest_row, to_groups, truncate_words
 from minicot.errors import InputError
 from minicot.evaluation import compare, how_to_ask, keep_before, measure
@@ -35,7 +34,9 @@ from minicot.losses import aft_loss, better_than, clipped, dpo_loss, group_advan
 from minicot.losses import k3, pro_loss, rrhf_loss, sequence_logps, sft_loss
 from minicot.metrics import repeated_4grams
 from minicot.records import read_samples, samples_to_row
-from minicot.sampling import encode_prompts, sample_groups
+from minicot.rewards import mean_reward, outcome, ps_grpo_reward
+from minicot.rollouts import from_policy, from_samples, plan_rollouts, questions
+from minicot.sampling import sample_groups
 from minicot.scoring import score
 from minicot.sets import default_length, read_problems, refuse_shared
 from minicot.tokenizer import Tokenizer
@@ -43,6 +44,7 @@ from minicot.runs import Log, Run, check_out, load_checkpoint, write_jsonl, writ
 from minicot.training import autocast, clip_gradients, digest_of, make_optimizer, pick_device
 from minicot.training import refuse_non_finite, report_unreadable, resolve, set_lr, train_first, train_only
 from minicot.training import weights_digest
+from minicot.verifier import reward_scores
 from minicot.weights import load_model
 
 
@@ -107,12 +109,10 @@ def grpo(g, c, _):
     return to_groups(losses, g.batch).sum(1) / g.present.sum(1)
 
 
-def outcome(response):
-    """GRPO's reward of a response: 1 where its final answer is right, else 0. One that was cut off is wrong,
-    whatever stands in it: it never came to its end, and rewarded it would learn to go on."""
-    return float(bool(response.correct) and response.finish == "stop")
-
-
+REWARDS = {  # of GRPO, by --reward: what a Response is worth that --verifier has judged; see rewards.py
+    "ps-grpo": lambda r, c: ps_grpo_reward(outcome(r), r.step_scores["prm"], rho=c.rho, gamma=c.gamma),
+    "mean": lambda r, c: mean_reward(outcome(r), r.step_scores["prm"]),
+}
 METHODS = {  # g: Groups, c: the flags, k: constraint and margin
     "rft": Method(None, sft="right"),
     "rrhf": Method(lambda g, c, k: rrhf_loss(g.scores, g.better, **k), sft="best", constraint="none"),
@@ -178,115 +178,7 @@ def sft_term(table, method, weight, n_tokens, n_groups):
     )
 
 
-# ---- where a step's groups come from -------------------------------------------------------------
-
-
-@dataclass
-class Micro:
-    """Groups that run through the model together, one of --accumulate parts of a step, and what is known of
-    them."""
-
-    batch: Batch
-    ref_logps: torch.Tensor | None = None  # (N,) sums under the reference
-    ref_token_logps: torch.Tensor | None = None  # (N,T) the same of tokens
-    old_token_logps: torch.Tensor | None = None  # (N,T) under the policy, at the loop's first look at them
-
-    def move(self, device):
-        self.batch = self.batch.to(device)
-        self.ref_logps = None if self.ref_logps is None else self.ref_logps.to(device)
-
-
-def from_samples(groups, ref, batches, steps, config, tokenizer, reader):
-    """A source of groups: yields each step's ([Micro, ...], what to log of them).
-
-    Here all groups are there before the first step, and the next step's are collated during this one. The
-    loop asks for a step's groups when the step before it is done: from_policy samples them then."""
-
-    def micro_batches(step):
-        chosen = batches[step - 1]
-        micros = [part for a in range(config.accumulate) if (part := chosen[a :: config.accumulate])]
-        return [
-            Micro(
-                collate([groups[i] for i in micro], tokenizer.pad_id, reader),
-                torch.cat([ref[i] for i in micro]) if ref else None,
-            )
-            for micro in micros
-        ], {}
-
-    return ahead(micro_batches, steps)
-
-
-def from_policy(model, ref_model, problems, batches, steps, config, tokenizer, asking, reward):
-    """The other source: a batch of problems gets --k responses each from the policy as it is, when the loop
-    asks for them, and they serve for --updates steps. ref_model: None with --kl 0.
-
-    A response's seed comes from --seed, the step and its problem, so that a resumed run draws the same. What
-    the sampler saw of their probabilities is not used: it computes them in another order, which rounds
-    otherwise, and at --temperature, while the loop trains the policy at temperature 1. The old
-    log-probabilities are those that the loop itself finds before its first step on these groups."""
-    device = next(model.parameters()).device
-    for step in steps:
-        if (step - 1) % config.updates == 0:
-            chosen = batches[(step - 1) // config.updates]
-            sampled, about = roll_out(model, tokenizer, problems, chosen, step, config, asking, reward)
-            groups = [as_drawn(tokenizer, samples, config.mode) for samples in sampled]
-            if config.peek and step == 1:
-                peek(tokenizer, groups[: config.peek])
-            parts = [part for a in range(config.accumulate) if (part := groups[a :: config.accumulate])]
-            micros = [Micro(collate(part, tokenizer.pad_id, asking["reader"])) for part in parts]
-            for micro in micros if ref_model else []:
-                micro.move(device)
-                with torch.no_grad(), autocast(config, device):
-                    micro.ref_token_logps = score(ref_model, micro.batch)
-        yield micros, about
-
-
-def roll_out(model, tokenizer, problems, chosen, step, config, asking, reward):
-    """--k responses to each of the chosen problems (their numbers) -> (their Samples, what to log of them).
-
-    A group whose rewards are all equal is dead: its advantages are 0. DAPO's dynamic sampling: up to
-    --resample times, other problems, in an order that depends on seed and step, take the dead ones' places;
-    those that are dead in the end stay, so that a step has as many groups as ever."""
-    began, device, sampled, drawn = time.perf_counter(), next(model.parameters()).device, {}, []
-    settings = dict(n=config.k, temperature=config.temperature, **asking)
-    settings["seed"] = seed_of(config.seed, "rollouts", step)
-    dead = lambda samples: len({response.reward for response in samples.responses}) < 2
-    order = np.random.default_rng(seed_of(config.seed, "others", step)).permutation(len(problems)).tolist()
-    others = [i for i in order if i not in set(chosen)]
-    places, numbers = range(len(chosen)), chosen
-    for _ in range(1 + config.resample):
-        with autocast(config, device):
-            stream = sample_groups(model, tokenizer, [problems[i] for i in numbers], **settings)
-            for place, samples in zip(places, stream):
-                graded = [replace(r, reward=reward(r)) for r in samples.responses]
-                sampled[place] = replace(samples, responses=graded)
-                drawn.append(sampled[place])
-        places = [place for place in sampled if dead(sampled[place])][: len(others)]
-        numbers, others = others[: len(places)], others[len(places) :]
-        if not places:
-            break
-    responses = [response for samples in drawn for response in samples.responses]
-    seconds = time.perf_counter() - began
-    left = [samples for samples in sampled.values() if samples.responses]
-    if not left:
-        raise InputError(f"step {step}: no problem has a response; the first: {drawn[0].error}")
-    return left, {
-        "dead_groups": sum(map(dead, drawn)) / len(drawn),
-        "dead_groups_left": sum(map(dead, left)) / len(left),
-        "resampled": len(drawn) - len(chosen),
-        "unreadable": sum(not samples.responses for samples in drawn),
-        "cut_off": sum(response.finish == "length" for response in responses) / len(responses),
-        "rollout_tokens_per_s": round(sum(len(response.ids) for response in responses) / seconds, 1),
-    }
-
-
-def as_drawn(tokenizer, samples, mode):
-    """A Samples -> Rows of all its responses. Repeated and empty ones stay: they show how likely they are."""
-    asked, rows = (tokenizer, samples.problem), []
-    for r in samples.responses:
-        fields = dict(ids=r.ids, finish=r.finish, reward=r.reward, correct=r.correct)
-        rows.append(encode_row(*asked, r.text, mode=mode, **fields))
-    return rows
+# ---- samples, and what is made of them ----------------------------------------------------------
 
 
 def sample_now(run, folder, model, tokenizer, problems, asking, device):
@@ -333,32 +225,12 @@ def read_groups(config, method, samples, tokenizer, model, reader):
     return groups, counts
 
 
-def questions(config, model, tokenizer, problems, asking):
-    """Problems -> groups of one Row, the prompt and the gold answer: what an on-policy run is made from. What
-    cannot be graded, or has no room for a response, is refused before any work."""
-    lacking = sum(problem.answer is None for problem in problems)
-    check(not lacking, "--data", config.data, f"problems with an answer, {lacking} have none")
-    room = {name: asking[name] for name in ("mode", "max_new_tokens", "reader")}
-    encode_prompts(model, tokenizer, problems, **room)
-    return [[encode_row(tokenizer, p, p.answer, mode=config.mode)] for p in problems]
-
-
 def plan(groups, config):
     """Which groups make which step: a list of lists of indices."""
     n_groups = config.steps * config.batch_size or int(config.epochs * len(groups))
     check(n_groups > 0, "--epochs", config.epochs, f"enough for one of the {len(groups)} groups")
     lengths = [max(len(row.ids) for row in group) for group in groups]
     return schedule(lengths, config.batch_size, n_groups, seed_of(config.seed, "order"))
-
-
-def plan_rollouts(n_problems, config):
-    """Which problems each batch of rollouts asks: a list of lists of indices. Each pass is cut by itself, one
-    of its batches being smaller, so that none asks a problem twice (whose responses would be the same)."""
-    one_pass = [1] * n_problems, config.batch_size, n_problems  # like lengths: a random order alone
-    n_batches = math.ceil(n_problems / config.batch_size)
-    rounds = math.ceil(config.steps / config.updates) or math.ceil(config.epochs * n_batches)
-    seeds = [seed_of(config.seed, "order", number) for number in range(math.ceil(rounds / n_batches))]
-    return [batch for seed in seeds for batch in schedule(*one_pass, seed)][:rounds]
 
 
 # ---- reference log-probabilities: computed once, kept --------------------------------------------
@@ -469,12 +341,20 @@ def complete(config):
     check(config.method in METHODS, "--method", config.method, ", ".join(METHODS))
     method = METHODS[config.method]
     of_grpo = ("normalisation", "updates", "clip_low", "clip_high", "kl", "resample")
+    of_grpo += ("reward", "verifier", "rho", "gamma")
     of_others = ("samples", "ref_logps", "truncate_words")
     why = "draws its own responses, to the problems of --data" if method.reward else "does not use it"
     for name in of_others if method.reward else of_grpo:
         value, unset = getattr(config, name), getattr(AlignConfig, name)
         allowed = f"its default, {unset!r}: {config.method} {why}"
         check(value == unset, "--" + name.replace("_", "-"), value, allowed)
+    judged = config.reward != "outcome"
+    allowed = f"{'a PRM' if judged else 'nothing'}, with --reward {config.reward}"
+    check(bool(config.verifier) == judged, "--verifier", config.verifier, allowed)
+    given = (config.rho, config.gamma) != (AlignConfig.rho, AlignConfig.gamma)
+    check(
+        not given or config.reward == "ps-grpo", "--reward", config.reward, "ps-grpo, with --rho or --gamma"
+    )
     default, data = config.constraint == "default", config.data or ("" if config.samples else "toy")
     config = replace(
         config,
@@ -513,6 +393,16 @@ def load_policy(config, device):
     return folder, model, tokenizer, image_reader(model, tokenizer, folder)
 
 
+def load_judge(config, device):
+    """--reward and its PRM -> (a function from Samples to the same with step scores, Response -> reward)."""
+    folder = resolve(config.verifier)
+    prm, tokenizer = load_model(folder, device=device, reward=True).eval(), Tokenizer(folder)
+    check(prm.kind == "prm", "--verifier", config.verifier, f"a PRM, this is an {prm.kind}")
+    how = dict(name="prm", mode=config.mode, batch_size=config.eval_batch_size)
+    judge = partial(reward_scores, prm, tokenizer, reader=image_reader(prm, tokenizer, folder), **how)
+    return judge, lambda response: REWARDS[config.reward](response, config)
+
+
 def read_data(config, method):
     """(samples, none where they are still to be drawn; the problems to learn from; held-out problems)."""
     before = config.resume and not method.reward
@@ -540,11 +430,13 @@ def leave_out_unreadable(samples, problems, held_out, reader):
 def main(config):
     config, method = complete(config)
     device, inputs = pick_device(config.device), [config.init, config.ref, config.samples, config.ref_logps]
+    inputs.append(config.verifier)
     inputs = [path for path in inputs if path]
     check_out(config, inputs)
     data = read_data(config, method)
     folder, model, tokenizer, reader = load_policy(config, device)
     samples, problems, held_out = leave_out_unreadable(*data, reader)
+    judge, reward = load_judge(config, device) if config.verifier else (None, method.reward)
     asking = how_to_ask(config, config.mode, reader)
     evaluate = partial(measure, tokenizer=tokenizer, problems=held_out, rows=[], asking=asking, config=config)
     constrained = {"constraint": config.constraint, "margin": config.margin} if method.constraint else {}
@@ -576,9 +468,8 @@ def main(config):
         if method.reward:
             load_ref = partial(load_model, dtype=torch.float32, device=device)
             ref_model = load_ref(resolve(config.ref or folder)) if config.kl else None
-            source = from_policy(
-                model, ref_model, problems, batches, steps, config, tokenizer, asking, method.reward
-            )
+            asked = (steps, config, tokenizer, asking, reward, judge)
+            source = from_policy(model, ref_model, problems, batches, *asked)
         else:
             source = from_samples(groups, ref, batches, steps, config, tokenizer, reader)
         progress = tqdm(steps, unit="step", disable=None)

@@ -6,6 +6,7 @@
     python sample.py --model runs/sft --evaluate --n 8             # accuracy, majority@8, pass@k
     python sample.py --image picture.png "How many apples does Tom have?"        # a vision-language model
     python sample.py --verifier runs/dpo --ref runs/sft --samples runs/samples.jsonl --out runs/scored.jsonl
+    python sample.py --verifier runs/prm --samples runs/samples.jsonl --out runs/scored.jsonl  # a PRM
     python sample.py --assess --model runs/sft --samples runs/samples.jsonl --out runs/assessed.json
     python sample.py --endpoint http://localhost:8000/v1 --model NAME --n 8 --out runs/samples.jsonl
 
@@ -45,8 +46,8 @@ from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures
 from minicot.runs import write_json, write_jsonl
 from minicot.training import pick_device, report_unreadable, resolve, train_first, weights_digest
-from minicot.verifier import assess, curves, log_ratio_scores
-from minicot.weights import load_model, read_json
+from minicot.verifier import assess, curves, log_ratio_scores, reward_scores
+from minicot.weights import is_reward_model, load_model, read_json
 
 
 def find_model(folder):
@@ -55,10 +56,10 @@ def find_model(folder):
     return resolve(folder or ("runs/aft" if aligned else train_first()))
 
 
-def load(folder, config, device):
-    """(model, tokenizer, reader of pictures or None) of a folder."""
+def load(folder, config, device, reward=False):
+    """(model, tokenizer, reader of pictures or None) of a folder; reward: of a reward model's."""
     tokenizer = Tokenizer(folder, config.chat_template)
-    model = load_model(folder, dtype=getattr(torch, config.dtype), device=device).eval()
+    model = load_model(folder, dtype=getattr(torch, config.dtype), device=device, reward=reward).eval()
     allowed = f"one whose tokenizer has at most {model.config.vocab_size} ids"
     check(tokenizer.vocab_size <= model.config.vocab_size, "the model", str(folder), allowed)
     return model, tokenizer, image_reader(model, tokenizer, folder)
@@ -293,7 +294,7 @@ def evaluate(config, draw, problems, source):
     print(f"{time.perf_counter() - start:.0f} s -> {out}")
 
 
-# ---- scores of samples: DPO as verifier, a model's own -------------------------------------------
+# ---- scores of samples: by a DPO model, by a reward model, a model's own -------------------------
 
 
 def files_of(config, flag, names):
@@ -306,19 +307,42 @@ def files_of(config, flag, names):
     return out, read_samples(config.samples)[: config.limit or None]
 
 
-def verify(config, device):
-    """Score --samples by log pi - log pi_ref -> --out, and show how well choosing by it does."""
-    out, whole = files_of(config, "--verifier", ("samples", "ref", "out"))
-    sampled = [samples for samples in whole if samples.responses]
-    check(sampled, "--samples", config.samples, "samples with responses")
-    model, tokenizer, reader = load(resolve(config.verifier), config, device)
+def by_log_ratio(config, device, folder, sampled):
+    """(name, scored Samples) of a DPO model: log pi - log pi_ref."""
+    check(config.ref, "--ref", "", "the folder that DPO started from; a reward model alone needs none")
+    check(config.aggregate == "mean", "--aggregate", config.aggregate, "only with a reward model")
+    model, tokenizer, reader = load(folder, config, device)
     ref, its_tokenizer, _ = load(resolve(config.ref), config, device)
     same = its_tokenizer.fingerprint == tokenizer.fingerprint
     check(same, "--ref", config.ref, "a model with the verifier's tokenizer")
     name = "dpo-cut" if config.truncate_words else "dpo"
     options = dict(name=name, mode=config.mode, words=config.truncate_words, tokens=config.token_scores)
     options |= dict(reader=reader, batch_size=config.batch_size)
-    scored = log_ratio_scores(model, ref, tokenizer, sampled, **options)
+    return name, log_ratio_scores(model, ref, tokenizer, sampled, **options)
+
+
+def by_reward_model(config, device, folder, sampled):
+    """The same of a PRM or an ORM."""
+    for flag, value in {
+        "--ref": config.ref,
+        "--truncate-words": config.truncate_words,
+        "--token-scores": config.token_scores,
+    }.items():
+        check(not value, flag, value, f"nothing, as --verifier {folder} is a reward model")
+    model, tokenizer, reader = load(folder, config, device, reward=True)
+    name = model.kind if config.aggregate == "mean" else f"{model.kind}-{config.aggregate}"
+    options = dict(mode=config.mode, how=config.aggregate, reader=reader, batch_size=config.batch_size)
+    return name, reward_scores(model, tokenizer, sampled, name=name, **options)
+
+
+def verify(config, device):
+    """Score --samples by --verifier -> --out, and show how well choosing by its scores does."""
+    out, whole = files_of(config, "--verifier", ("samples", "out"))
+    sampled = [samples for samples in whole if samples.responses]
+    check(sampled, "--samples", config.samples, "samples with responses")
+    folder = resolve(config.verifier)
+    reward = is_reward_model(folder)
+    name, scored = (by_reward_model if reward else by_log_ratio)(config, device, folder, sampled)
     scored = list(tqdm(scored, total=len(sampled), unit="problem", disable=None))
     of_id = {samples.problem.id: samples for samples in [*whole, *scored]}
     write_jsonl(out, map(samples_to_row, of_id.values()))
@@ -393,9 +417,11 @@ def main(config):
     check(config.question or not config.image, "--image", config.image, "nothing, without a question")
     style = config.style or style_of(config.data)
     check(style in STYLES, "--style", style, ", ".join(STYLES))
-    for name, mode in (("truncate_words", "verifier"), ("token_scores", "verifier"), ("reference", "assess")):
+    owners = dict.fromkeys(("truncate_words", "token_scores", "aggregate", "ref"), "verifier")
+    for name, mode in (owners | {"reference": "assess"}).items():
         flag, value = "--" + name.replace("_", "-"), getattr(config, name)
-        check(getattr(config, mode) or not value, flag, value, f"only with --{mode}")
+        unset = value == getattr(SampleConfig, name)
+        check(getattr(config, mode) or unset, flag, value, f"only with --{mode}")
     check(not (config.assess and config.verifier), "--assess", "given", "no --verifier beside it")
     for name in ASKS_A_FOLDER if config.endpoint else ASKS_A_SERVER:
         flag, value = "--" + name.replace("_", "-"), getattr(config, name)

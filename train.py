@@ -1,15 +1,19 @@
-"""Learn from written solutions: supervised fine-tuning, and pretraining as SFT on rows with an empty prompt.
+"""Learn from labels. From written solutions: supervised fine-tuning, and pretraining as SFT on rows with an
+empty prompt. From labelled responses: a reward model, for each step (PRM) or the whole response (ORM).
 
     python train.py                                             # toy world, base weights -> runs/sft
     python train.py --init SmolLM2-135M --data gsm8k:PATH --lr 2e-5 --out runs/gsm8k
+    python train.py --task prm --init runs/sft --samples labelled.jsonl --lr 3e-4 --out runs/prm
 
-Loss: mean over the batch's target tokens of -log p(token | before); the prompt is read, not trained.
+Loss of SFT: mean over the batch's target tokens of -log p(token | before); the prompt is read, not trained.
+Of a reward model: mean over the batch's responses of losses.prm_loss at the ends of their steps.
 """
 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep, not spin
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +22,13 @@ from tqdm import tqdm
 
 from minicot import plots
 from minicot.config import TrainConfig, check, run
-from minicot.data import IMAGE, ahead, check_pictures, collate, encode_row, fit, image_reader, peek, readable
-from minicot.data import schedule, seed_of, target, longest_row
-from minicot.evaluation import compare, how_to_ask, keep_before, measure
-from minicot.losses import sft_loss
-from minicot.scoring import score
+from minicot.data import IMAGE, ahead, check_pictures, collate, encode_labelled, encode_row, fit, image_reader
+from minicot.data import longest_row, peek, readable, schedule, seed_of, target
+from minicot.evaluation import compare, how_to_ask, keep_before, measure, measure_steps
+from minicot.losses import prm_loss, sft_loss
+from minicot.model import RewardModel
+from minicot.records import read_samples
+from minicot.scoring import score, step_logits
 from minicot.sets import TOYS, read_problems, refuse_shared
 from minicot.tokenizer import Tokenizer
 from minicot.runs import Log, Run, check_out, load_checkpoint
@@ -39,6 +45,8 @@ def load_start(config, init, folder, device):
         model, vision = attach_encoder(model, tokenizer, config), Path(config.vision)
         folder = vision.parent if vision.is_file() else vision
     train_only(model, config.train)
+    if config.task != "sft":  # with a new head
+        model = RewardModel(model, config.task, torch.Generator().manual_seed(config.seed))
     vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings
     allowed = f"one with ids below the model's vocab_size, {vocabulary}"
     check(tokenizer.vocab_size <= vocabulary, "--tokenizer", str(tokenizer.folder), allowed)
@@ -77,32 +85,73 @@ def make_rows(tokenizer, problems, modes, max_length, overlong):
     return fit(rows, max_length, overlong) if rows else ([], 0)
 
 
-def main(config):
-    device, init = pick_device(config.device), resolve(config.init)
-    folder = init.parent if init.is_file() else init
-    inputs = [folder, config.data.split(":")[-1], config.tokenizer or folder, config.vision or folder]
-    check_out(config, inputs)
-    model, tokenizer, reader = load_start(config, init, folder, device)
+def solved_rows(config, model, tokenizer, reader):
+    """SFT: (rows of written solutions, held-out rows, held-out problems with an answer, what is left out)."""
     problems, held_out = read_data(config, reader)
-    context = model.config.max_position_embeddings
-    max_length = min(config.max_length or context, longest_row(context, problems + held_out, reader))
     modes = ("cot", "direct") if config.mode == "both" else (config.mode,)
     lacks = lambda problem, mode: (problem.answer if mode == "direct" else problem.solution) is None
     solved = [problem for problem in held_out if not any(lacks(problem, mode) for mode in modes)]
-    how = (modes, max_length, config.overlong)
+    how = (modes, most_tokens(config, model, problems + held_out, reader), config.overlong)
     rows, n_overlong = make_rows(tokenizer, problems, *how)
     held_out_rows, n_more = make_rows(tokenizer, solved, *how)
-    check_pictures([rows, held_out_rows], reader, config.data)
+    graded = [problem for problem in held_out if problem.answer is not None]
+    return rows, held_out_rows, graded, {"overlong": n_overlong + n_more}
+
+
+def judged_rows(config, model, tokenizer, reader):
+    """PRM, ORM: the same of labelled responses, which need no answers."""
+    check(config.samples, "--samples", config.samples, f"a samples.jsonl, for --task {config.task}")
+    check(config.mode != "both", "--mode", config.mode, f"cot, direct or plain, for --task {config.task}")
+    files = [(config.samples, config.limit), (config.eval_samples, config.eval_limit)]
+    sampled = [read_samples(file)[: limit or None] if file else [] for file, limit in files]
+    problems = [[samples.problem for samples in part] for part in sampled]
+    refuse_shared(*problems, "--eval-samples")
+    left, unreadable = readable(sum(problems, []), reader)
+    report_unreadable(unreadable, left)
+    ids, longest = {problem.id for problem in left}, most_tokens(config, model, left, reader)
+    parts, left_out = [], Counter()
+    for part in ([samples for samples in part if samples.problem.id in ids] for part in sampled):
+        rows, counts = encode_labelled(tokenizer, part, mode=config.mode, kind=config.task)
+        rows, n_overlong = fit(rows, longest, config.overlong) if rows else ([], 0)
+        parts.append(rows)
+        left_out += Counter(counts | {"overlong": n_overlong})
+    check(parts[0], "--samples", config.samples, f"responses with labels; left out: {dict(left_out)}")
+    return *parts, [], dict(left_out)
+
+
+def most_tokens(config, model, problems, reader):
+    """How long a row may be."""
+    context = model.config.max_position_embeddings
+    return min(config.max_length or context, longest_row(context, problems, reader))
+
+
+def main(config):
+    for name in ("samples", "eval_samples", "reduce") if config.task == "sft" else ("data", "eval_split"):
+        value, unset = getattr(config, name), getattr(TrainConfig, name)
+        allowed = f"its default, {unset!r}: --task {config.task} does not use it"
+        check(value == unset, "--" + name.replace("_", "-"), value, allowed)
+    device, init = pick_device(config.device), resolve(config.init)
+    folder = init.parent if init.is_file() else init
+    inputs = [folder, config.data.split(":")[-1], config.tokenizer or folder, config.vision or folder]
+    inputs += [file for file in (config.samples, config.eval_samples) if file]
+    check_out(config, inputs)
+    model, tokenizer, reader = load_start(config, init, folder, device)
+    make = solved_rows if config.task == "sft" else judged_rows
+    rows, held_out_rows, graded, left_out = make(config, model, tokenizer, reader)
+    check_pictures([rows, held_out_rows], reader, config.samples or config.data)
     if config.peek:
         peek(tokenizer, [[row] for row in rows[: config.peek]])
     n_rows = config.steps * config.batch_size or int(config.epochs * len(rows))
     check(n_rows > 0, "--epochs", config.epochs, f"enough for one of the {len(rows)} rows")
     lengths = [len(row.ids) if config.group_by_length else 0 for row in rows]
     batches = schedule(lengths, config.batch_size, n_rows, seed_of(config.seed, "order"))
-    asking = how_to_ask(config, modes[0], reader)
-    graded = [problem for problem in held_out if problem.answer is not None]
-    held_out_too = dict(problems=graded, rows=held_out_rows, asking=asking, config=config)
-    evaluate = partial(measure, tokenizer=tokenizer, **held_out_too)
+    if config.task == "sft":
+        asking = how_to_ask(config, "cot" if config.mode == "both" else config.mode, reader)
+        evaluate = partial(measure, problems=graded, asking=asking)
+    else:
+        evaluate = partial(measure_steps, reader=reader)
+    evaluate = partial(evaluate, tokenizer=tokenizer, rows=held_out_rows, config=config)
+    held_out = graded or held_out_rows
 
     def micro_batches(step):
         """A step's rows, and the same as batches."""
@@ -115,10 +164,10 @@ def main(config):
         optimizer = make_optimizer(model, config.lr, config.weight_decay, config.vision_lr)
         first = load_checkpoint(run.out, model, optimizer) if config.resume else 0
         log = Log(run.out / "metrics.jsonl", first)
+        what = "problems" if config.task == "sft" else "responses"
         print(
             f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}; {len(rows):,} rows and "
-            f"{len(held_out)} held-out problems ({n_overlong + n_more} rows over {max_length} tokens "
-            f"left out); steps {first + 1} to {len(batches)}"
+            f"{len(held_out)} held-out {what}; left out: {left_out}; steps {first + 1} to {len(batches)}"
         )
         if held_out and not first:
             keep_before(run.out, evaluate(model))
@@ -132,8 +181,12 @@ def main(config):
             loss = 0.0
             for batch in (part.to(device) for part in parts):
                 with autocast(config, device):
-                    logps = score(model, batch)
-                part = sft_loss(logps, batch.loss_mask, n_tokens=n_target)
+                    values = score(model, batch) if config.task == "sft" else step_logits(model, batch)
+                if config.task == "sft":
+                    part = sft_loss(values, batch.loss_mask, n_tokens=n_target)
+                else:
+                    costs = prm_loss(values, batch.step_labels, batch.step_ends >= 0, reduce=config.reduce)
+                    part = costs.sum() / len(chosen)
                 part.backward()
                 loss += part.item()
             ids = [row.problem_id for row in chosen]

@@ -18,9 +18,11 @@ Read in this order:
     sampling.py    new responses, graded
     chat.py        a server's model, asked: cache, retries, many requests at a time
     synthesis.py   solutions by a teacher, step labels by rollouts
-    verifier.py    choosing among responses: best-of-n, weighted vote
+    verifier.py    judging responses, by a DPO or a reward model, and choosing: best-of-n, weighted vote
     metrics.py     accuracies with intervals
     training.py    what a training loop needs besides the loop, which stands in train.py
     runs.py        the run folder: whole files, a lock, signals, checkpoints
+    rewards.py     what a response is worth to GRPO: its outcome, and what a PRM thinks of its steps
+    rollouts.py    a step's groups: given samples, or drawn from the policy
     evaluation.py  held-out problems, before and after
 """

@@ -215,6 +215,11 @@ def step_spans(text: str) -> list[tuple[int, int]]:
     return spans
 
 
+def step_ends(text: str) -> list[int]:
+    """The place of the line break that ends each of split_steps: len(text) where the text ends first."""
+    return [end + len("".join(text[end:].splitlines()[:1])) for _, end in step_spans(text)]
+
+
 def number_steps(steps: list[str], answer: str) -> str:
     """Steps without heads -> URSA's form: `Step 1: ...`, `Step 2: ...`, then a last line `†Answer: ...`."""
     lines = [f"Step {k}: {step}" for k, step in enumerate(steps, 1)]

@@ -105,6 +105,12 @@ LOOP = {field.name: field for field in dataclasses.fields(LoopConfig)}
 class TrainConfig(LoopConfig):
     """Fine-tune (or pretrain) a model on written solutions and save it as a Hugging Face folder."""
 
+    task: Literal["sft", "prm", "orm"] = flag(
+        "method", "sft", "prm, orm = a reward model of --samples, for each step or the whole response"
+    )
+    samples: str = flag("data", "", "prm, orm: samples.jsonl with step_labels, or with correct")
+    eval_samples: str = flag("data", "", "prm, orm: held-out ones, measured before and after ('' = none)")
+    reduce: Literal["sum", "mean"] = flag("method", "sum", "prm: over the steps of a response")
     mode: Literal["cot", "direct", "both", "plain"] = flag(
         "method", "cot", "taught: a chain, the bare answer, each once; plain = cot, question as it is"
     )
@@ -178,6 +184,12 @@ class AlignConfig(LoopConfig):
     resample: int = flag(
         "method", 0, "GRPO: rounds in which other problems replace dead groups (DAPO; 0 = none)", least=0
     )
+    reward: Literal["outcome", "ps-grpo", "mean"] = flag(
+        "method", "outcome", "GRPO: of a response; the others take --verifier, see rewards.py"
+    )
+    verifier: str = flag("model", "", "GRPO: process reward model, of train.py --task prm")
+    rho: float = flag("method", 0.3, "ps-grpo: the relative drop of step scores that costs", least=0, most=1)
+    gamma: float = flag("method", 0.5, "ps-grpo: what it costs", least=0, most=1)
     mode: Literal["cot", "direct", "plain"] = flag("method", "cot", "how the responses are asked for")
     reference: bool = flag("method", True, "put a problem's own solution into its group")
     reference_in_positives: bool = flag(
@@ -217,8 +229,10 @@ class SampleConfig(Flags):
         "model", "", "URL of an OpenAI-compatible server, whose --model is asked (its key: MINICOT_API_KEY)"
     )
     chat_template: str = CHAT_TEMPLATE
-    verifier: str = flag("model", "", "DPO model: adds log pi - log pi_ref to --samples -> --out")
-    ref: str = flag("model", "", "--verifier: its reference, the folder that DPO started from")
+    verifier: str = flag(
+        "model", "", "scores --samples -> --out: a DPO model, by log pi - log pi_ref, or a reward model"
+    )
+    ref: str = flag("model", "", "--verifier: a DPO model's reference, the folder that DPO started from")
     device: Literal["auto", "cpu", "cuda"] = DEVICE
     dtype: Literal["float32", "bfloat16", "float64"] = flag("model", "float32", "of weights and arithmetic")
     evaluate: bool = flag("method", False, "greedy accuracy and, with --n over 1, majority@k and pass@k")
@@ -238,6 +252,9 @@ class SampleConfig(Flags):
     max_new_tokens: int = LENGTH
     truncate_words: int = flag(
         "method", 0, "--verifier: score the first N words alone, as align.py trains (0 = all)", least=0
+    )
+    aggregate: Literal["mean", "min", "last", "product"] = flag(
+        "method", "mean", "--verifier, a PRM: a solution's score from those of its steps"
     )
     token_scores: bool = flag("method", False, "--verifier: also the log-ratio of each token")
     reward: Literal["correct", "steps"] = flag(

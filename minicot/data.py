@@ -9,6 +9,7 @@ Letters: N rows, B groups (problems), K the largest group of the batch, T tokens
 """
 
 import hashlib
+import itertools
 import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minicot.answers import extract_answer, is_correct
+from minicot.answers import extract_answer, is_correct, split_steps, step_ends
 from minicot.errors import InputError
 from minicot.images import ImageProcessor, load_image
 from minicot.records import LETTERS, Response
@@ -101,6 +102,8 @@ class Row:
     correct: bool | None = None
     is_reference: bool = False
     images: tuple = ()
+    step_ends: tuple = ()  # for a reward model: where in ids its head is read, and
+    step_labels: tuple = ()  # whether all is right up to there
 
 
 def encode_row(tokenizer, problem, text, *, mode, finish="stop", ids=None, **row_fields):
@@ -129,6 +132,67 @@ def encode_row(tokenizer, problem, text, *, mode, finish="stop", ids=None, **row
     if len(all_ids) <= max(n_prompt, 1):
         raise InputError(f"problem {problem.id!r}: no token to train or score; question and text are empty")
     return Row(problem.id, all_ids, max(n_prompt, 1), images=tuple(problem.images), **row_fields)
+
+
+def encode_judged(tokenizer, problem, response, *, mode, kind):
+    """A response as a reward model reads it -> Row with step_ends, or None where there is nothing to judge.
+    kind "prm": an end for each of answers.split_steps, the answer line has none; "orm": one, the last token.
+
+    A step's end is the token that holds the line break behind it; where the text ends first, the last token
+    (EOS where the response is finished). A line break tells what no other token does, that the step is over:
+    "4" may go on to "48". URSA's code puts a marker of its own there, " \u0438", a token that its vocabulary
+    happens to have. Ours needs no token, and a sampled response is read as it was written. The solution
+    stands where the model would write it, behind its own prompt, not in the user's turn with a request to
+    check it as in URSA: the K solutions of a problem then share their prompt, and the model knows the layout
+    from fine-tuning.
+
+    The response is tokenised anew from its text: a solver's own ids may be another tokenizer's."""
+    places = step_ends(response.text)
+    if not (places if kind == "prm" else response.text.strip()):
+        return None
+    row = encode_row(tokenizer, problem, response.text, mode=mode, finish=response.finish)
+    last, prompt = len(row.ids) - 1, prompt_text(tokenizer, problem, mode)
+    bos = int(not prompt and tokenizer.bos_id is not None)
+    broken = [len(prompt) + end for end in places if end < len(response.text)] if kind == "prm" else []
+    ends = [bos + i for i in tokenizer.tokens_at(prompt + response.text, broken)]
+    ends += [last] * (kind == "orm" or len(ends) < len(places))
+    if any(after <= before for before, after in zip(ends, ends[1:])):
+        raise InputError(f"problem {problem.id!r}: a token of this tokenizer holds the ends of two steps")
+    return replace(row, step_ends=tuple(ends))
+
+
+def encode_labelled(tokenizer, sampled, *, mode, kind):
+    """A list of Samples -> (Rows that teach a reward model, counts of the responses that cannot). The labels
+    of a "prm" are the steps' step_labels, that of an "orm" is whether the response is correct."""
+    rows, counts = [], Counter()
+    for samples in sampled:
+        for response in samples.responses:
+            labels = response.step_labels if kind == "prm" else response.correct
+            row = encode_judged(tokenizer, samples.problem, response, mode=mode, kind=kind)
+            if labels is None:
+                counts["without a label"] += 1
+            elif row is None:
+                counts["without a step"] += 1
+            else:
+                labels = checked_labels(samples.problem, response) if kind == "prm" else [labels]
+                rows.append(replace(row, step_labels=tuple(labels)))
+    return rows, dict(counts)
+
+
+def checked_labels(problem, response):
+    """A response's step_labels, checked: one a step, true up to the first error and false from there on."""
+    labels, n = response.step_labels, len(split_steps(response.text))
+    if len(labels) != n or any(label not in (0, 1) for label in labels):
+        raise InputError(
+            f"problem {problem.id!r}: step_labels are {labels!r:.80} of a response with {n} steps; allowed: "
+            "true or false for each of answers.split_steps"
+        )
+    if any(after > before for before, after in zip(labels, labels[1:])):
+        raise InputError(
+            f"problem {problem.id!r}: step_labels are {labels!r:.80}; allowed: true up to the first error, "
+            "false from there on"
+        )
+    return list(map(bool, labels))
 
 
 def fit(rows, max_length, overlong):
@@ -274,7 +338,8 @@ class Batch:
 
     ids (N,T); loss_mask, pad_mask (N,T) bool (True = scored, True = a real token); group, slot (N,) the row's
     place in (B,K); rewards (B,K) float64; correct (B,K) int8 (1, 0, -1 = unknown); present (B,K) bool;
-    is_reference (N,) bool; images (I,C,H,W) or None, once a group, and image_group (I,)."""
+    is_reference (N,) bool; images (I,C,H,W) or None, once a group, and image_group (I,); step_ends (N,S)
+    where a reward model's head is read (-1 = no such step), step_labels (N,S) bool."""
 
     ids: torch.Tensor
     loss_mask: torch.Tensor
@@ -286,6 +351,8 @@ class Batch:
     present: torch.Tensor
     is_reference: torch.Tensor
     problem_ids: list
+    step_ends: torch.Tensor
+    step_labels: torch.Tensor
     images: torch.Tensor | None = None
     image_group: torch.Tensor | None = None
 
@@ -306,7 +373,8 @@ def collate(groups, pad_id, reader=None):
                 replace(
                     row,
                     ids=(ids := reader.expand(row.ids, row.problem_id, len(row.images))),
-                    n_prompt=row.n_prompt + len(ids) - len(row.ids),
+                    n_prompt=row.n_prompt + (more := len(ids) - len(row.ids)),
+                    step_ends=tuple(end + more for end in row.step_ends),
                 )
                 for row in group
             ]
@@ -320,7 +388,11 @@ def collate(groups, pad_id, reader=None):
     B, K = len(groups), max(len(group) for group in groups)
     ids = torch.full((N, T), pad_id)
     loss_mask, pad_mask = torch.zeros(N, T, dtype=torch.bool), torch.zeros(N, T, dtype=torch.bool)
+    S = max(len(row.step_ends) for row in rows)
+    step_ends, step_labels = torch.full((N, S), -1), torch.zeros(N, S, dtype=torch.bool)
     for n, row in enumerate(rows):
+        step_ends[n, : len(row.step_ends)] = torch.tensor(row.step_ends, dtype=torch.long)
+        step_labels[n, : len(row.step_labels)] = torch.tensor(row.step_labels, dtype=torch.bool)
         ids[n, : len(row.ids)] = torch.tensor(row.ids)
         pad_mask[n, : len(row.ids)] = True
         loss_mask[n, row.n_prompt : len(row.ids)] = True
@@ -344,6 +416,8 @@ def collate(groups, pad_id, reader=None):
         present,
         torch.tensor([row.is_reference for row in rows]),
         [group[0].problem_id for group in groups],
+        step_ends,
+        step_labels,
         torch.stack(images) if images else None,
         torch.tensor(image_group) if images else None,
     )
@@ -381,16 +455,17 @@ def seed_of(*parts):
 
 def peek(tokenizer, groups):
     """Print rows as the loss sees them: prompt tokens grey, trained tokens green, each token's edge marked
-    by `|`."""
-    for group in groups:
-        for row in group:
-            tokens = [tokenizer.decode([i], skip_special=False).replace("\n", "\\n") for i in row.ids]
-            grey, green = "|".join(tokens[: row.n_prompt]), "|".join(tokens[row.n_prompt :])
-            print(
-                f"{row.problem_id}  reward {row.reward:g}  "
-                f"{row.n_prompt} + {len(tokens) - row.n_prompt} tokens\n"
-                f"\033[90m{grey}\033[0m|\033[32m{green}\033[0m"
-            )
+    by `|`. Of a reward model's rows: tokens at which it is to say right green, wrong red, the others grey."""
+    for row in (row for group in groups for row in group):
+        tokens = [tokenizer.decode([i], skip_special=False).replace("\n", "\\n") for i in row.ids]
+        colours = [90] * row.n_prompt + [90 if row.step_ends else 32] * (len(tokens) - row.n_prompt)
+        for end, right in zip(row.step_ends, row.step_labels):
+            colours[end] = 32 if right else 31
+        print(
+            f"{row.problem_id}  reward {row.reward:g}  {row.n_prompt} + {len(tokens) - row.n_prompt} tokens"
+        )
+        runs = itertools.groupby(zip(colours, tokens), key=lambda pair: pair[0])
+        print("|".join(f"\033[{c}m{'|'.join(token for _, token in run)}\033[0m" for c, run in runs))
 
 
 # ---- groups for alignment ------------------------------------------------------------------------

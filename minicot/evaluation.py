@@ -1,4 +1,5 @@
-"""Held-out problems before and after training: greedy accuracy, and the token loss of written solutions.
+"""Held-out problems before and after training: greedy accuracy, and the token loss of written solutions; of a
+reward model, how well it tells the labels of held-out responses.
 
 Both are kept problem by problem in the run folder's eval.json, so that the difference is a paired one and a
 resumed run has its "before".
@@ -7,13 +8,21 @@ resumed run has its "before".
 import torch
 
 from minicot.data import collate
+from minicot.losses import prm_loss
 from minicot.metrics import accuracy, paired_difference
 from minicot.sampling import sample_groups
-from minicot.scoring import score
+from minicot.scoring import score, step_logits
 from minicot.sets import default_length, style_of
 from minicot.runs import write_json
 from minicot.training import autocast
 from minicot.weights import read_json
+
+
+SAID = {  # how `compare` says a mean: of what, its format, its unit
+    "nll": ("NLL of {} held-out solutions", ".4f", " nats a token"),
+    "labels": ("labels of {} held-out responses told right", ".1%", ""),
+    "bce": ("loss of {} held-out responses", ".4f", " nats a step"),
+}
 
 
 def how_to_ask(config, mode, reader):
@@ -42,6 +51,21 @@ def measure(model, tokenizer, problems, rows, asking, config):
     return {"accuracy": right, "nll": losses}
 
 
+@torch.no_grad()
+def measure_steps(model, tokenizer, rows, reader, config):
+    """Of a reward model, for each of the rows: {"labels": the share of its steps whose label lies on the
+    model's side of 1/2, "bce": the mean loss of its steps}."""
+    shares, losses, device = [], [], next(model.parameters()).device
+    with autocast(config, device):
+        for start in range(0, len(rows), 8):
+            batch = collate([[row] for row in rows[start : start + 8]], tokenizer.pad_id, reader).to(device)
+            logits, there = step_logits(model, batch), batch.step_ends >= 0
+            told = (logits > 0) == batch.step_labels
+            shares += [row[mask].double().mean().item() for row, mask in zip(told, there)]
+            losses += prm_loss(logits, batch.step_labels, there, reduce="mean").tolist()
+    return {"labels": shares, "bce": losses}
+
+
 def keep_before(out, before):
     write_json(out / "eval.json", {"before": before})
 
@@ -60,8 +84,9 @@ def compare(out, after):
                 f"[{lowest:.1%}, {highest:.1%}], difference {difference:+.1%} [{low:+.1%}, {high:+.1%}]"
             )
         else:
+            what, form, unit = SAID[name]
             print(
-                f"NLL of {n} held-out solutions: {means[0]:.4f} -> {means[1]:.4f} nats a token, "
-                f"difference {difference:+.4f} [{low:+.4f}, {high:+.4f}]"
+                f"{what.format(n)}: {means[0]:{form}} -> {means[1]:{form}}{unit}, "
+                f"difference {difference:+{form}} [{low:+{form}}, {high:+{form}}]"
             )
     write_json(out / "eval.json", {"before": before, "after": after, "difference": differences})

@@ -26,8 +26,9 @@ positions, NaN too, has no effect; a score in a pair that is NaN or infinite mak
 Group losses return one value a group; average outside.
 
 B groups   K response slots a group   N rows (responses)   T tokens   V vocabulary   better[i, j]: i beats j
+S steps of a response (reward models)
 Papers (arXiv): DPO 2305.18290, IPO 2310.12036, RRHF 2304.05302, PRO 2306.17492, AFT 2309.02144,
-GRPO 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476.
+GRPO 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476, URSA 2501.04686.
 """
 
 import math
@@ -330,6 +331,44 @@ def clipped(token_logps, old_token_logps, advantages, *, clip_low=0.2, clip_high
     log_ratio = _wide(token_logps) - _wide(old_token_logps)
     too_high = (advantages > 0) & (log_ratio > math.log1p(clip_high))
     return too_high | ((advantages < 0) & (log_ratio < _log_floor(clip_low)))
+
+
+# -------------------------------------------------------------------- the loss of a reward model
+
+
+def prm_loss(step_logits, step_labels, step_mask, *, reduce="sum"):
+    """Process reward model (URSA, stage II): binary cross-entropy of each step, y = 1 where all is right
+    so far.
+
+        - sum over steps j of  y_j log p_j + (1 - y_j) log(1 - p_j),     p = sigmoid(logit)
+
+    step_logits (N, S) at the ends of the steps, step_labels (N, S) bool or numbers from 0 to 1, step_mask
+    bool (N, S) -> (N,) in nats; average over the responses. The gradient in a logit is p_j - y_j.
+
+    reduce="sum" is the paper's: a long chain weighs more. "mean" is ours, over a response's steps; of none it
+    is a ValueError, their sum is 0. An outcome reward model (ORM) is the case of one step, all of a response.
+    A logit that is NaN or infinite makes the loss so, never 0. No code of the paper's loss was released.
+    """
+    _check_mask("step_mask", step_mask, step_logits)
+    assert step_labels.shape == step_logits.shape, (
+        f"step_labels {tuple(step_labels.shape)}, step_logits {tuple(step_logits.shape)}"
+    )
+    if reduce not in ("sum", "mean"):
+        raise ValueError(f"reduce is {reduce!r}; allowed: 'sum', 'mean'")
+    x = torch.where(step_mask, _wide(step_logits), 0.0)
+    y = torch.where(step_mask, step_labels.detach().to(x.dtype), 0.0)
+    if not ((0 <= y) & (y <= 1)).all():
+        found = y[~((0 <= y) & (y <= 1))][0].item()
+        raise ValueError(f"step_labels hold {found:g}; allowed: numbers from 0 to 1")
+    costs = F.binary_cross_entropy_with_logits(x, y, reduction="none")
+    sums = torch.where(step_mask, costs, 0.0).sum(1)
+    if reduce == "sum":
+        return sums
+    counts = step_mask.sum(1)
+    if (counts == 0).any():
+        rows = (counts == 0).nonzero()[:, 0].tolist()
+        raise ValueError(f"step_mask is all False in row(s) {rows}; the mean of no step does not exist")
+    return sums / counts
 
 
 # -------------------------------------------------------------------- shared pieces

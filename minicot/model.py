@@ -334,3 +334,38 @@ class Transformer(nn.Module):
     def forward(self, ids, images=None, pad_mask=None):
         """ids (N,T) -> logits (N,T,V)."""
         return self.head(self.hidden_states(self.embed(ids, images), pad_mask=pad_mask))
+
+
+class RewardModel(nn.Module):
+    """A model with a scalar head in the place of its lm_head: ids (N,T) -> (N,T), one logit a position, the
+    sigmoid of which is the chance that all is right up to there.
+
+    backbone: a Transformer or a VisionLanguageModel, which gives up its parts, uncopied and under their own
+        names, and its lm_head altogether. kind: "prm" (read at the end of each step) or "orm" (at the end of
+        the response). The head's weights come from `generator` as in `reset_parameters`, its bias is 0.
+    URSA's has a dropout of 0.1 before the head, in training; this has none, as nothing here has.
+    """
+
+    def __init__(self, backbone: nn.Module, kind: str, generator: torch.Generator | None = None):
+        super().__init__()
+        self.kind = kind
+        getattr(backbone, "language_model", backbone).lm_head = None
+        for name, part in backbone.named_children():
+            setattr(self, name, part)
+        for name in ("config", "vlm_config", "embed", "encode_images", "hidden_states"):
+            if hasattr(backbone, name):
+                setattr(self, name, getattr(backbone, name))
+        like, E = next(backbone.parameters()), self.config.hidden_size
+        self.score = nn.utils.skip_init(nn.Linear, E, 1, device=like.device, dtype=like.dtype)
+        with torch.no_grad():  # drawn on the CPU: the same on every device
+            drawn = torch.empty(1, E).normal_(0.0, self.config.initializer_range, generator=generator)
+            self.score.weight.copy_(drawn)
+            self.score.bias.zero_()
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (...,E) -> logits (...)."""
+        return self.score(hidden).squeeze(-1)
+
+    def forward(self, ids, images=None, pad_mask=None):
+        """ids (N,T) -> logits (N,T)."""
+        return self.head(self.hidden_states(self.embed(ids, images), pad_mask=pad_mask))

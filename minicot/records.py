@@ -60,10 +60,11 @@ class Response:
     finish: str = "stop"
     ids: list | None = None
     answer: str | None = None
-    step_labels: list | None = None
+    step_labels: list | None = None  # true or false for each of its steps: right so far
     scores: dict | None = None
     tokens: list | None = None  # the scored tokens as texts
     token_scores: dict | None = None  # name -> a number for each of `tokens`
+    step_scores: dict | None = None  # name -> a number for each of its steps (answers.split_steps)
     meta: dict = field(default_factory=dict)
 
 
@@ -108,6 +109,7 @@ RESPONSE_FIELDS = {
     "scores": OBJECT,
     "tokens": LIST,
     "token_scores": OBJECT,
+    "step_scores": OBJECT,
 }
 SAMPLES_FIELDS = {"responses": LIST, "error": TEXT}
 ITEM_TYPES = {
@@ -120,6 +122,7 @@ ITEM_TYPES = {
     "step_labels": BOOL + (int,),
     "scores": NUMBER,
     "token_scores": LIST,
+    "step_scores": LIST,
     "responses": OBJECT,
 }
 AS_IS = json.JSONEncoder(ensure_ascii=False)

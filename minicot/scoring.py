@@ -71,6 +71,22 @@ def score(model, batch):
     return logps.new_zeros(batch.ids.shape).masked_scatter(batch.loss_mask, logps)
 
 
+def step_logits(model, batch):
+    """Batch -> (N,S) logits of a RewardModel at the ends of the steps, 0 where there is none. Equals
+    `step_logits_plain`, gradients included; the prompt that a group's solutions share is computed once."""
+    real = batch.step_ends >= 0
+    places = torch.zeros_like(batch.pad_mask)
+    places[real.nonzero()[:, 0], batch.step_ends[real]] = True
+    logits = model.head(hidden_at(model, batch, places))
+    return logits.new_zeros(real.shape).masked_scatter(real, logits)  # both row by row, steps in order
+
+
+def step_logits_plain(model, batch):
+    """The oracle of `step_logits`: one padded forward, a logit for every token, from which it picks."""
+    logits = model.head(hidden_plain(model, batch))
+    return logits.gather(1, batch.step_ends.clamp(min=0)).masked_fill(batch.step_ends < 0, 0.0)
+
+
 def chunked_logps(head, hidden, ids):
     """log p(ids[m]) under head(hidden[m]), (M,E) and (M,) -> (M,), holding at most CHUNK logits: a chunk's
     are computed again in backward. Plain twin: token_logps(head(hidden), ...)."""

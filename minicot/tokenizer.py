@@ -107,6 +107,11 @@ class Tokenizer:
         ends = (end for _, end in encoding.offsets)
         return encoding.ids, next((i for i, end in enumerate(ends) if end > len(prompt)), len(encoding.ids))
 
+    def tokens_at(self, text: str, places: list[int]) -> list[int]:
+        """Which of a text's tokens holds each of these characters: the first that ends behind it."""
+        ends = [end for _, end in self._encode(text).offsets]
+        return [next(i for i, end in enumerate(ends) if end > place) for place in places]
+
     def chat_prompt(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
         """[{"role", "content"}, ...] -> the prompt text, by the chat template."""
         if self.chat_template is None:

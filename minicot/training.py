@@ -118,10 +118,11 @@ def refuse_non_finite(value, what, step, problem_ids):
 
 
 def digest_of(tokenizer, groups):
-    """Hex hash of what a run trains on: the tokenizer, every row's ids, its pictures' names."""
+    """Hex hash of what a run trains on: the tokenizer, every row's ids, its pictures' names, its labels."""
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     for row in (row for group in groups for row in group):
         digest.update(f"{row.problem_id}:{row.n_prompt}:{row.reward}:{row.ids}{row.images or ''};".encode())
+        digest.update(f"{row.step_ends}{row.step_labels}".encode() if row.step_ends else b"")
     return digest.hexdigest()
 
 

@@ -8,6 +8,11 @@ response's tokens, is the reward that it has learned up to a constant of the que
     weighted vote   argmax over answers a of the sum over responses with answer a of weight(score)
     majority vote   the same with weight 1 (self-consistency, Wang et al., arXiv 2203.11171)
 
+A process reward model (PRM: URSA, arXiv 2501.04686, stage II) is trained to be one: at the end of
+each step it gives the probability that all is right so far, and a solution's score is the mean of these (the
+paper's), their least, last or product. An outcome reward model (ORM) gives one, at the end of the response.
+The sum of weight "raw" is the vote by probabilities.
+
 A model is its own verifier too: AFT (arXiv 2309.02144, section 2) asks how often its mean log-probability a
 token is higher for a right response than for a wrong one. `assess` gives these scores, metrics.assessment
 the numbers.
@@ -24,15 +29,22 @@ from functools import partial
 import torch
 
 from minicot.answers import is_correct, majority_vote, normalize
-from minicot.data import check_pictures, collate, encode_row, make_groups, target, longest_row, truncate_words
+from minicot.data import check_pictures, collate, encode_judged, encode_row, longest_row, make_groups, target
+from minicot.data import truncate_words
 from minicot.errors import InputError
-from minicot.scoring import score
+from minicot.scoring import score, step_logits
 
 # weight of a vote from beta * r, shifted by the question's largest (which no argmax of sums sees)
 WEIGHTS = {
     "exp": lambda x, largest: math.exp(x - largest),
     "sigmoid": lambda x, _: 1 / (1 + math.exp(min(-x, 700.0))),  # exp(710) overflows
     "raw": lambda x, _: x,
+}
+AGGREGATES = {
+    "mean": lambda scores: sum(scores) / len(scores),
+    "min": min,
+    "last": lambda scores: scores[-1],
+    "product": math.prod,
 }
 
 
@@ -54,29 +66,28 @@ def in_parts(groups, batch_size):
 
 
 @torch.no_grad()
-def token_values(function, model, tokenizer, groups, *, reader, batch_size):
-    """Yield, for each Row of the groups, function(batch) (N,T) at its scored tokens: (tokens,), on the CPU.
-    InputError names the problem where a value is not finite."""
+def values_of(function, model, tokenizer, groups, *, reader, batch_size, what="log-probabilities"):
+    """Yield for each Row of the groups its values, on the CPU: function(batch) gives those of all rows, (N,T)
+    or (N,S), and a mask that says which are there. InputError names the problem where one is not finite."""
     device = next(model.parameters()).device
     for part in in_parts(groups, batch_size):
         check_pictures(part, reader, "samples")
         batch = collate(part, tokenizer.pad_id, reader).to(device)
-        values = function(batch)
+        values, there = function(batch)
         rows = [row for group in part for row in group]
-        for row, its_values, scored in zip(rows, values.cpu(), batch.loss_mask.cpu()):
-            if not its_values[scored].isfinite().all():
+        for row, its_values, its_mask in zip(rows, values.cpu(), there.cpu()):
+            if not its_values[its_mask].isfinite().all():
                 raise InputError(
-                    f"problem {row.problem_id!r}: log-probabilities are not finite; "
+                    f"problem {row.problem_id!r}: {what} are not finite; "
                     "a model's weights are broken or have diverged"
                 )
-            yield its_values[scored]
+            yield its_values[its_mask]
 
 
 def log_ratios(model, ref, tokenizer, groups, **options):
     """Yield log pi - log pi_ref of each scored token of each Row of the groups."""
-    return token_values(
-        lambda batch: score(model, batch) - score(ref, batch), model, tokenizer, groups, **options
-    )
+    difference = lambda batch: (score(model, batch) - score(ref, batch), batch.loss_mask)
+    return values_of(difference, model, tokenizer, groups, **options)
 
 
 def rows_of(tokenizer, samples, mode):
@@ -117,6 +128,25 @@ def log_ratio_scores(
         yield replace(samples, responses=scored)
 
 
+def reward_scores(model, tokenizer, sampled, *, name, mode, how="mean", reader=None, batch_size=64):
+    """Yield the Samples with what a RewardModel makes of them: step_scores[name], for each step (an ORM: the
+    whole response) the probability that all is right so far, and scores[name], their aggregate `how`."""
+    encode = partial(encode_judged, tokenizer, mode=mode, kind=model.kind)
+    judged = [[encode(samples.problem, response) for response in samples.responses] for samples in sampled]
+    groups = [[row for row in rows if row] for rows in judged]
+    options = dict(reader=reader, batch_size=batch_size, what="step scores")
+    logits = lambda batch: (step_logits(model, batch), batch.step_ends >= 0)
+    values = values_of(logits, model, tokenizer, groups, **options)
+    for samples, rows in zip(sampled, judged):
+        scored = []
+        for response, row in zip(samples.responses, rows):
+            steps = next(values).double().sigmoid().tolist() if row else []
+            scores = {**(response.scores or {}), name: aggregate(steps, how)}
+            step_scores = {**(response.step_scores or {}), name: steps}
+            scored.append(replace(response, scores=scores, step_scores=step_scores))
+        yield replace(samples, responses=scored)
+
+
 def assess(
     model,
     tokenizer,
@@ -145,9 +175,8 @@ def assess(
 
     def means(groups):
         """[problem][response] -> (mean log-probability of its tokens, their number)."""
-        values = token_values(
-            partial(score, model), model, tokenizer, watch(groups), reader=reader, batch_size=batch_size
-        )
+        logps = lambda batch: (score(model, batch), batch.loss_mask)
+        values = values_of(logps, model, tokenizer, watch(groups), reader=reader, batch_size=batch_size)
         return [[(logps.mean().item(), len(logps)) for _, logps in zip(group, values)] for group in groups]
 
     judged, references = means(groups), means(solutions)
@@ -174,6 +203,17 @@ def step_sums(tokens, values):
         sums[-1] += value
         sums += [0.0] * ("\n" in token)
     return sums
+
+
+def aggregate(step_scores, how="mean"):
+    """A solution's score from those of its steps: their "mean" (URSA, Eq. 10), "min", "last" or "product". A
+    solution without a step has 0, the lowest: it shows nothing that a process verifier could vouch for (and
+    the empty product would be 1). Mean and min both lean to short solutions, the product more so."""
+    if how not in AGGREGATES:
+        raise ValueError(f"aggregate is {how!r}; allowed: {', '.join(AGGREGATES)}")
+    if not all(map(math.isfinite, step_scores)):
+        raise ValueError(f"step scores are {step_scores}; allowed: finite numbers")
+    return AGGREGATES[how](step_scores) if step_scores else 0.0
 
 
 def best_of_n(answers, scores):

@@ -1,5 +1,5 @@
 """Hugging Face model folders in and out: config.json + model.safetensors (or shards) <-> model.Transformer,
-or vision.VisionLanguageModel where model_type is llava.
+or vision.VisionLanguageModel where model_type is llava; or a model.RewardModel of either.
 
 families.py reads the config.json. The tensors are held to it strictly: one that is missing, extra, misshapen,
 not finite or no float is an error. Every error is one line that names the file and what is wrong in it.
@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minicot.errors import InputError
-from minicot.families import config_to_hf, is_llava, parse_llava, parse_model, parse_vision
-from minicot.model import ModelConfig, Transformer, rope_frequencies
+from minicot.families import config_to_hf, is_llava, one_of, parse_llava, parse_model, parse_vision
+from minicot.model import ModelConfig, RewardModel, Transformer, rope_frequencies
 from minicot.vision import VisionConfig, VisionLanguageConfig, VisionLanguageModel
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -37,11 +37,12 @@ PICTURE_PARTS = ("vision_tower", "multi_modal_projector")
 NOT_THE_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
 
 
-def load_model(path, *, dtype: torch.dtype | None = None, device=None, seed: int = 0):
+def load_model(path, *, dtype: torch.dtype | None = None, device=None, seed: int = 0, reward: bool = False):
     """A Hugging Face folder -> Transformer or VisionLanguageModel, memory-mapped; dtype None: as stored.
 
     `path` may also be a config.json itself: then the weights are random, drawn from `seed` (float32 by
-    default), the same on every device. A folder without weights is an error, and so is a reward model's.
+    default), the same on every device. A folder without weights is an error. reward=True loads a RewardModel
+    of either instead; to find one where a language model is asked for, or the reverse, is an error.
     """
     path = Path(path)
     if not path.exists():
@@ -50,18 +51,34 @@ def load_model(path, *, dtype: torch.dtype | None = None, device=None, seed: int
     hf = read_json(file)
     config = parse_model(hf, str(file))
     pictures = isinstance(config, VisionLanguageConfig)
-    build = VisionLanguageModel if pictures else Transformer
+
+    def build(generator=None):
+        model = (VisionLanguageModel if pictures else Transformer)(config, generator)
+        return RewardModel(model, hf.get("reward_kind"), generator) if reward else model
+
     with torch.device("meta"):
-        model = build(config)
+        model = build()
     tensors = read_tensors(path, model, llava_name if pictures else str) if path.is_dir() else {}
-    if reason := reward_head(hf, tensors):
+    reason = reward_head(hf, tensors)
+    if reason and not reward:
         raise InputError(f"{path}: is a reward model ({reason}); allowed: a language model, with an lm_head")
+    if reward and not reason:
+        raise InputError(
+            f"{path}: is a language model (architectures is {hf.get('architectures')}); allowed: a reward "
+            "model, as train.py --task prm or orm makes of one"
+        )
+    if reward:
+        one_of(hf, "reward_kind", ("prm", "orm"), str(file))
     if path.is_file():
-        model = build(config, torch.Generator().manual_seed(seed))
-        return model.to(device=device, dtype=dtype)
+        return build(torch.Generator().manual_seed(seed)).to(device=device, dtype=dtype)
     drop_derived(tensors, path, model.config, "language_model." if pictures else "")
     fill(model, tensors, path, dtype, device)
     return model
+
+
+def is_reward_model(path) -> bool:
+    """Whether a folder says that it holds a reward model of ours."""
+    return "reward_kind" in read_json(Path(path) / CONFIG)
 
 
 def reward_head(hf: dict, tensors) -> str:
@@ -261,9 +278,10 @@ def listing(names) -> str:
     return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"
 
 
-def save_model(model: Transformer | VisionLanguageModel, folder) -> None:
+def save_model(model: Transformer | VisionLanguageModel | RewardModel, folder) -> None:
     """Write config.json and model.safetensors, which load_model and transformers read back with the same
-    logits.
+    logits. A RewardModel of text goes out as transformers' ForTokenClassification with one label; one of
+    pictures, for which transformers has no class, in the Llava layout with score.* in the place of lm_head.*.
 
     Both files are written beside their places and then moved there: where that fails (a full disk), the old
     ones stay whole and nothing is left beside them.
@@ -274,6 +292,9 @@ def save_model(model: Transformer | VisionLanguageModel, folder) -> None:
     dtypes = {tensor.dtype for tensor in tensors.values()}
     assert len(dtypes) == 1, f"weights of one dtype can be saved, these are {sorted(map(str, dtypes))}"
     config = config_to_hf(getattr(model, "vlm_config", model.config))
+    if isinstance(model, RewardModel):
+        architecture = re.sub("For[A-Z].*", "ForTokenClassification", config["architectures"][0])
+        config |= {"architectures": [architecture], "num_labels": 1, "reward_kind": model.kind}
     config["torch_dtype"] = str(dtypes.pop()).removeprefix("torch.")
     partial = {name: folder / f"{name}.partial" for name in (WEIGHTS, CONFIG)}
     try:

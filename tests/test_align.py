@@ -13,6 +13,7 @@ from minicot import evaluation
 from minicot.data import Row, collate, make_groups
 from minicot.losses import aft_loss
 from minicot.records import Problem, Response, Samples, samples_to_row
+from minicot.rollouts import Micro
 from minicot.sets import read_problems
 from minicot.model import Transformer
 from minicot.sampling import sample_groups
@@ -150,7 +151,7 @@ def test_sft_rows_are_the_reference_the_best_or_the_right_ones(policy, tmp_path)
     assert align.sft_rows(batch, "right").tolist() == [True, False, True, True]
     assert align.sft_rows(batch, "best").tolist() == [True, False, False, False]
     assert not align.sft_rows(batch, None).any()
-    micro, logps = align.Micro(batch), torch.zeros(batch.ids.shape)
+    micro, logps = Micro(batch), torch.zeros(batch.ids.shape)
     ranked = [align.tabulate(logps, micro, 1.0, keep) for keep in (True, False)]
     assert ranked[0].present.all() and ranked[0].better.sum() == 3
     assert ranked[1].present.tolist() == [[False, True, True, True]] and ranked[1].better.sum() == 2
@@ -178,7 +179,7 @@ def test_dpo_and_ipo_log_the_pairs_by_what_they_rank(policy, samples, tmp_path):
         assert abs(log[0]["margin"]) < 1e-5 and log[0]["score_right"] != log[0]["score_wrong"]
         assert log[-1]["margin"] > 1e-3 and log[-1]["ranking_accuracy"] > 0.5
     batch = collate([[Row("1", [1, 2, 3], 1, 1.0, True), Row("1", [1, 4], 1, 0.0, False)]], 0)
-    micro = align.Micro(batch, ref_logps=torch.tensor([-5.0, -1.0]))
+    micro = Micro(batch, ref_logps=torch.tensor([-5.0, -1.0]))
     table = align.tabulate(torch.full((2, 3), -2.0), micro, 1.5, True)
     # log pi: -4 and -2; log-ratios: 1 and -1
     assert align.watch([table], align.METHODS["dpo"], 0.1)["margin"] == pytest.approx(0.1 * 2)

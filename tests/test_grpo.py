@@ -26,8 +26,10 @@ import torch
 from safetensors.torch import load_file
 
 import align
+from minicot import rollouts
 from minicot.config import AlignConfig
 from minicot.data import Row, collate
+from minicot.errors import InputError
 from minicot.losses import clipped, group_advantages, grpo_loss, k3
 from minicot.records import Problem, Response, Samples
 from minicot.runs import Run, checkpoints
@@ -663,19 +665,19 @@ def test_what_was_cut_off_is_wrong():
 def test_no_batch_of_rollouts_asks_a_problem_twice():
     """Asked twice in a step, it would give the same responses twice, as their seeds are the same."""
     config = AlignConfig(method="grpo", steps=11, updates=2, batch_size=4)
-    plan = align.plan_rollouts(10, config)
+    plan = rollouts.plan_rollouts(10, config)
     assert len(plan) == 6 and {len(batch) for batch in plan} == {2, 4}
     for one_pass in (plan[:3], plan[3:]):
         assert sorted(number for batch in one_pass for number in batch) == list(range(10))
-    assert plan[:3] != plan[3:] and plan == align.plan_rollouts(10, config)
+    assert plan[:3] != plan[3:] and plan == rollouts.plan_rollouts(10, config)
     other = dataclasses.replace(config, steps=0, epochs=0.5, seed=1)
-    assert len(align.plan_rollouts(10, other)) == 2  # half of 3, rounded up
-    assert align.plan_rollouts(10, other) != plan[:2]
-    assert [sorted(batch) for batch in align.plan_rollouts(3, config)] == [[0, 1, 2]] * 6
+    assert len(rollouts.plan_rollouts(10, other)) == 2  # half of 3, rounded up
+    assert rollouts.plan_rollouts(10, other) != plan[:2]
+    assert [sorted(batch) for batch in rollouts.plan_rollouts(3, config)] == [[0, 1, 2]] * 6
 
 
 def roll_out(monkeypatch, live, resample, step=1, chosen=(0, 1, 2), n_problems=8):
-    """align.roll_out with a sampler whose groups are dead but those of the problems in `live` ->
+    """rollouts.roll_out with a sampler whose groups are dead but those of the problems in `live` ->
     (the problems' numbers that are left, what is logged, the numbers in each call of the sampler)."""
     calls = []
 
@@ -688,11 +690,11 @@ def roll_out(monkeypatch, live, resample, step=1, chosen=(0, 1, 2), n_problems=8
                 problem, [Response(f"{i}", mark, ids=[5, 6, 7], finish=cut) for i, mark in enumerate(marks)]
             )
 
-    monkeypatch.setattr(align, "sample_groups", sample_groups)
+    monkeypatch.setattr(rollouts, "sample_groups", sample_groups)
     problems = [Problem(f"{i}", "How many?", "3") for i in range(n_problems)]
     config = AlignConfig(method="grpo", k=2, resample=resample)
     reward = lambda response: float(response.correct)
-    left, about = align.roll_out(
+    left, about = rollouts.roll_out(
         torch.nn.Linear(1, 1), None, problems, list(chosen), step, config, {}, reward
     )
     return [int(samples.problem.id) for samples in left], about, calls
@@ -731,7 +733,7 @@ def test_a_picture_that_is_gone_costs_its_own_problem_alone(monkeypatch):
             responses = [Response("3", mark, ids=[5]) for mark in (True, False)]
             yield Samples(problem, responses) if problem.id in live else Samples(problem, error="gone.png")
 
-    monkeypatch.setattr(align, "sample_groups", sample_groups)
+    monkeypatch.setattr(rollouts, "sample_groups", sample_groups)
     problems = [Problem(name, "How many?", "3") for name in "ab"]
     arguments = [
         torch.nn.Linear(1, 1),
@@ -744,11 +746,11 @@ def test_a_picture_that_is_gone_costs_its_own_problem_alone(monkeypatch):
         align.outcome,
     ]
     live = "b"
-    left, about = align.roll_out(*arguments)
+    left, about = rollouts.roll_out(*arguments)
     assert [samples.problem.id for samples in left] == ["b"] and about["unreadable"] == 1
     live = ""
-    with pytest.raises(align.InputError, match="step 3: no problem has a response; the first: gone.png"):
-        align.roll_out(*arguments)
+    with pytest.raises(InputError, match="step 3: no problem has a response; the first: gone.png"):
+        rollouts.roll_out(*arguments)
 
 
 def test_repeated_and_empty_responses_are_trained_as_often_as_they_were_drawn(policy):
@@ -756,7 +758,7 @@ def test_repeated_and_empty_responses_are_trained_as_often_as_they_were_drawn(po
     ids = tokenizer.encode("3") + [tokenizer.eos_id]
     drawn = [("3", ids, "stop"), ("3", ids, "stop"), ("", ids[-1:], "stop"), ("3", ids[:-1], "length")]
     responses = [Response(text, False, 0.0, ids=ids, finish=finish) for text, ids, finish in drawn]
-    rows = align.as_drawn(tokenizer, Samples(Problem("1", "How many?", "3"), responses), "cot")
+    rows = rollouts.as_drawn(tokenizer, Samples(Problem("1", "How many?", "3"), responses), "cot")
     assert [row.ids[row.n_prompt :] for row in rows] == [
         ids,
         ids,
@@ -778,7 +780,7 @@ def test_peek_shows_the_first_rollouts(policy, first_half, tmp_path):
 
 def test_what_is_logged_of_a_policy_by_hand():
     rows = [[Row("1", [9, 1], 1, 1.0, True), Row("1", [9, 1, 2, 3], 1, 0.0, False)]]
-    micro = align.Micro(collate(rows, 0))
+    micro = rollouts.Micro(collate(rows, 0))
     micro.old_token_logps = -f64([[0, 1, 0, 0], [0, 2, 3, 6]])
     micro.ref_token_logps = micro.old_token_logps
     logps = micro.old_token_logps + f64([[0, 0.5, 9, 9], [0, -0.5, 0.5, 0.0]])

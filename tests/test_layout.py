@@ -38,7 +38,9 @@ MAY_IMPORT = {
     "chat": {"errors"},
     "training": {"errors"},
     "runs": {"config", "errors", "tokenizer", "training", "weights"},
-    "evaluation": {"data", "metrics", "runs", "sampling", "scoring", "sets", "training", "weights"},
+    "rewards": {"losses"},
+    "rollouts": {"config", "data", "errors", "sampling", "scoring", "training"},
+    "evaluation": {"data", "losses", "metrics", "runs", "sampling", "scoring", "sets", "training", "weights"},
 }
 BUDGETS = {
     "losses.py": 260,
@@ -114,7 +116,7 @@ def test_files_stay_within_their_budgets():
     total = sum(map(statements, core)) + sum(
         statements(ROOT / name) for name in SCRIPTS if (ROOT / name).exists()
     )
-    assert total <= 4300, total
+    assert total <= 4520, total
     assert sum(map(statements, sources(toy))) <= 900
     assert sum(map(statements, sources(recipes))) <= 1000
 
