@@ -1,159 +1,183 @@
-"""MME-CoT (arXiv 2502.09621) scored: from a cache of judges' replies to the paper's numbers.
+"""MME-CoT (arXiv 2502.09621): judge a model's predictions, and score what the judges said.
 
     python -m minicot.mme_cot judge PREDICTIONS --prompt cot|dir --dataset DATASET.json --out CACHE
     python -m minicot.mme_cot score CACHE --dataset DATASET.json --out DIR
 
-quality     F1 of precision and recall                              (section 3.1)
-efficiency  mean of relevance rate and reflection quality           (section 3.3)
-robustness  mean of stability (Perception) and efficacy (Reasoning), each accuracy with the prompt cot minus
-            accuracy with the prompt dir                            (section 3.2)
-
-Values, grouping, rounding and files are those of the official scripts (MME-Benchmarks/MME-CoT, 08fa4e9); so
-are their oddities, which stand where they are computed. Fractions, not percent. Not as there: sums are exact
-(math.fsum), so the order of files is nothing; the cache is only read, what the scripts write into it goes to
-DIR/per_sample.json; what crashes them is named and the rest is scored; DIR/coverage.json says how many
-replies each number rests on.
-
-`--fixed`: a question without a usable reply counts 0, and stability and efficacy compare the same questions.
+DIR gets the result files of the official scripts, DIR/coverage.json (how many replies each number rests on)
+and DIR/per_sample.json. `--fixed`: a question without a usable reply counts 0, and stability and efficacy
+compare the same questions. Exit code 0 where something was scored (judged), 2 where nothing could be.
 """
 
 import json
-import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from minicot.chat import Endpoint
 from minicot.config import Flags, check, flag, run
 from minicot.errors import InputError
-from minicot.mme_judge import KINDS, METRICS, STEPS, TYPES, load, make_cache, read_dataset, read_predictions
-from minicot.mme_judge import schema_of, summary
-from minicot.repair import read_list
+from minicot.mme_judge import METRICS, STEPS, make_cache, read_dataset, read_predictions, schema_of, summary
+from minicot.mme_scoring import score
 
-DUMMY = {"overall_metrics": {"average_reflection_quality": 1}}  # of a model without reflections, everywhere
-EMPTY = "the list is empty"
-UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError, OverflowError)
-
-
-class Sample(NamedTuple):
-    """One file of a cache, scored. `score` None: it has none and is skipped. `types`: step type -> (score,
-    ratio); `added`: what the official script writes back into the file."""
-
-    index: int | None
-    score: float | None
-    ratio: float | None = None
-    types: dict = {}
-    added: dict = {}
-    question_type: str | None = None
-    place: tuple = (None, None)  # category and subcategory
+ENDS = ("_results", "_errors", "_extrainfo", "")  # of the names of result files
+COLUMNS = {  # the paper's: name -> where it stands
+    "F1": ("quality/quality_results.json", "overall_metrics", "f1"),
+    "P": ("quality/quality_results.json", "overall_metrics", "precision"),
+    "R": ("quality/quality_results.json", "overall_metrics", "recall"),
+    "robustness": ("robustness/robustness.json", "robustness", "overall"),
+    "stability": ("robustness/robustness.json", "stability", "overall"),
+    "efficacy": ("robustness/robustness.json", "efficacy", "overall"),
+    "efficiency": ("efficiency/efficiency_results.json", "overall_metrics", "efficiency"),
+    "relevance": ("efficiency/efficiency_results.json", "overall_metrics", "relevance_rate"),
+    "reflection": ("efficiency/efficiency_results.json", "overall_metrics", "reflection_quality"),
+}
 
 
-# ---- one file ------------------------------------------------------------------------------------
+def headline(files):
+    """tables -> {model: {column: fraction or None}}, the paper's table."""
+    models = dict.fromkeys(model for file, _, _ in COLUMNS.values() for model in files.get(file, {}))
+    value = lambda model, file, part, name: files.get(file, {}).get(model, {}).get(part, {}).get(name)
+    return {model: {name: value(model, *where) for name, where in COLUMNS.items()} for model in models}
 
 
-def precision(data, steps):
-    """(Match + Reasonable) / all, over the steps of TYPES; ratio: Match / (Match + Reasonable). A file with
-    no such step, and a type with none, counts 0; a step without a judgment makes it 0."""
-
-    def share(steps):
-        if not steps or not all("judgment" in step for step in steps):
-            return 0, None
-        matched, reasonable = (sum(s["judgment"] == mark for s in steps) for mark in ("Match", "Reasonable"))
-        right = matched + reasonable
-        return right / len(steps), matched / right if right else None
-
-    overall, by_type = of_types(steps, share)
-    return Sample(None, *overall, by_type)
+# ---- commands ------------------------------------------------------------------------------------
 
 
-def relevance_rate(data, steps):
-    """Yes / all, over the steps of TYPES; None where there is none, or one lacks `relevant`."""
+@dataclass(frozen=True)
+class ScoreConfig(Flags):
+    """Score a cache of judges' replies as the official scripts do."""
 
-    def share(steps):
-        if not steps or not all("relevant" in step for step in steps):
-            return None, None
-        return sum(step["relevant"] == "Yes" for step in steps) / len(steps), None
-
-    overall, by_type = of_types(steps, share)
-    written = {"overall": {"score": overall[0]}, "by_type": {t: {"score": by_type[t][0]} for t in TYPES}}
-    return Sample(None, *overall, by_type, {"relevance_rate": written})
+    folder: str = flag("data", "", "the cache", positional=True)
+    dataset: str = flag("data", "", "DATASET.json: the official rows, a list or one a line")
+    fixed: bool = flag("method", False, "a question without a usable reply counts 0; cot and dir are paired")
+    out: str = flag("output", "", "folder of the result files")
 
 
-def of_types(steps, share):
-    """`share` of all steps of TYPES, and {type: share of its steps}."""
-    by_type = {kind: share([step for step in steps if step["step_type"] == kind]) for kind in TYPES}
-    return share([step for step in steps if step["step_type"] in TYPES]), by_type
+@dataclass(frozen=True)
+class JudgeConfig(Flags):
+    """Ask a judge about a model's predictions, and write its replies as an official cache."""
+
+    predictions: str = flag("data", "", "JSON lines: official rows, or sample.py's", positional=True)
+    prompt: str = flag("data", "", "the prompt that the predictions answer")
+    dataset: str = flag("data", "", "DATASET.json: the official rows, a list or one a line")
+    name: str = flag("data", "", "the model's name in the cache (default: the file's, without _cot and _dir)")
+    endpoint: str = flag(
+        "model", "", "URL of the judge's OpenAI-compatible server (its key: MINICOT_API_KEY)"
+    )
+    model: str = flag(
+        "model",
+        "",
+        "the judge's name there (officially gpt-4o-2024-08-06, and gpt-4o-mini for extract,judge)",
+    )
+    steps: str = flag("method", ",".join(STEPS), "what is asked")
+    concurrency: int = flag("loop", 8, "requests under way at a time", least=1, most=64)
+    timeout: float = flag("loop", 120.0, "seconds without a byte, then again", above=0)
+    cache: str = flag("output", "runs/chat", "folder of replies, not asked for twice ('' = none)")
+    out: str = flag("output", "", "folder of the official cache")
 
 
-def reflection_quality(data, steps):
-    """Correct / all; ratio: repetitions / Wrong. None where an item is no object."""
-    score = ratio = None
-    if all(isinstance(step, dict) for step in steps):
-        wrong = [step for step in steps if step.get("judgment") == "Wrong"]
-        score = sum(step.get("judgment") == "Correct" for step in steps) / len(steps)
-        repeated = sum(step.get("error_type") == "Repetition" for step in wrong)
-        ratio = repeated / len(wrong) if wrong else None
-    written = {"score": score, "repetition_ratio": ratio}
-    return Sample(None, score, ratio, added={"reflection_quality": written})
+def check_paths(config, *names):
+    for name in names:
+        check(
+            getattr(config, name), f"--{name}" if name in ("dataset", "out") else name.upper(), "", "a path"
+        )
 
 
-def recall(data, steps):
-    """Matched / key steps, of the solution (1 to 4) where it is largest. The list is read by position,
-    conclusions before captions, solution after solution: what it lacks is missed, what it has more is
-    ignored. So `[]` is a recall of 0."""
-    best, at = None, 0
-    for counts in key_steps(data["key_annotation_steps"]):
-        matched = []
-        for count in counts:
-            matched.append(sum(step.get("judgment") == "Matched" for step in steps[at : at + count]))
-            at += count
-        if sum(counts) and (best is None or sum(matched) / sum(counts) > best[0]):
-            shares = [n / count if count else None for n, count in zip(matched, counts)]
-            best = sum(matched) / sum(counts), shares
-    if best is None:
-        raise ValueError("no key steps")
-    score, (inference, caption) = best
-    written = {"score": score, "logical_inference": inference, "image_caption": caption}
-    types = {"logical inference": (inference, None), "image caption": (caption, None)}
-    return Sample(None, score, types=types, added={"recall": written})
+def score_command(config):
+    check_paths(config, "folder", "dataset", "out")
+    inside = Path(config.folder).resolve() in (
+        Path(config.out).resolve(),
+        *Path(config.out).resolve().parents,
+    )
+    check(not inside, "--out", config.out, "a folder outside the cache, which is only read")
+    notes = []
+    questions = read_dataset(config.dataset, notes)
+    files, before, zeros = score(config.folder, questions, notes, fixed=config.fixed)
+    names = [f"{m}/{m}{end}.json" for m in ("robustness", "quality", "efficiency", *METRICS) for end in ENDS]
+    for name in names:  # what an earlier run left
+        Path(config.out, name).unlink(missing_ok=True)
+    for name, made in files.items():
+        Path(config.out, name).parent.mkdir(parents=True, exist_ok=True)
+        Path(config.out, name).write_text(json.dumps(made, indent=4))
+    print("\n".join(describe(files, before, zeros, config.fixed)))
+    for kind in dict.fromkeys(kind for kind, _ in notes):
+        print(summary([note for note in notes if note[0] == kind]))
+    if not any(of["valid"] for models in files["coverage.json"].values() for of in models.values()):
+        raise InputError(f"{config.folder}: no reply could be scored; see {config.out}/coverage.json")
+    print(f"results: {config.out}")
 
 
-def key_steps(solutions):
-    """How many conclusions and captions, not blank, each of the four solutions has."""
-    found = [solutions.get(f"solution{i}", {}) for i in range(1, 5)]
-    return [
-        [0, 0] if one is None else [sum(bool(text.strip()) for text in one.get(kind, [])) for kind in KINDS]
-        for one in found
-    ]
+def describe(files, before, zeros, fixed):
+    """The paper's table in percent, the coverage, and what --fixed changed, as lines."""
+    percent = lambda value: "-" if value is None else f"{100 * value:.1f}"
+    models = headline(files)
+    width = max([len(model) for model in models] + [5])
+    yield f"{'model':{width}} " + " ".join(f"{name:>10}" for name in COLUMNS)
+    for model, row in models.items():
+        yield f"{model:{width}} " + " ".join(f"{percent(value):>10}" for value in row.values())
+    yield "coverage, valid/files of questions:"
+    for metric, of in files["coverage.json"].items():
+        counts = [f"{model} {n['valid']}/{n['files']} of {n['questions']}" for model, n in of.items()]
+        errors = sum(n["files"] - n["valid"] for n in of.values())
+        yield f"  {metric}: {', '.join(counts)}" + f" ({errors} without a score)" * (errors > 0)
+    if fixed:
+        yield "--fixed changed:"
+        for model, row in headline(before).items():
+            for name, value in row.items():
+                if value != models[model][name]:
+                    yield f"  {model} {name}: {percent(value)} -> {percent(models[model][name])}"
+        for metric, of in zeros.items():
+            yield f"  {metric}: " + ", ".join(f"{model} {n} questions count 0" for model, n in of.items())
 
 
-SCORES = {one.__name__: one for one in (precision, recall, relevance_rate, reflection_quality)}
+def judge_command(config):
+    check_paths(config, "predictions", "dataset", "out")
+    steps = config.steps.split(",")
+    check(config.prompt in ("cot", "dir"), "--prompt", config.prompt, "cot, dir")
+    check(set(steps) <= set(STEPS), "--steps", config.steps, f"of {','.join(STEPS)}")
+    check(
+        config.endpoint and config.model,
+        "--endpoint and --model",
+        config.endpoint,
+        "a judge's server and name",
+    )
+    notes = []
+    questions = read_dataset(config.dataset, notes)
+    rows = read_predictions(config.predictions, questions, notes)
+    name = config.name or Path(config.predictions).stem.removesuffix(f"_{config.prompt}")
+    judge = Endpoint(
+        config.endpoint,
+        config.model,
+        temperature=0.0,
+        top_p=0.1,
+        max_tokens=4096,
+        cache=config.cache or None,
+        timeout=config.timeout,
+    )
+    chats = {step: replace(judge, schema=schema_of(step)) for step in steps}
+    there = 0
+    for step, kept, written, failed in make_cache(
+        rows, config.out, config.prompt, name, chats.get, steps=steps, limit=config.concurrency, notes=notes
+    ):
+        there += kept + written
+        print(f"{step}: {written} written, {kept} were there{'; ' * bool(failed)}{failed}", flush=True)
+    for kind in dict.fromkeys(kind for kind, _ in notes):
+        print(summary([note for note in notes if note[0] == kind]))
+    check(there, "--endpoint", config.endpoint, "a judge that replies; nothing was judged")
+    print(f"cache: {config.out}")
 
 
-def read_sample(file, metric, questions):
-    """A file of the cache -> Sample; one of UNREADABLE where the official script fails on it."""
-    text = file.read_text(encoding="utf-8")
-    data = json.loads(text)
-    index = data.get("index")
-    if metric == "judge":
-        index, kind = int(data["index"]), data["question_type"]
-        if index not in questions or kind not in ("Reasoning", "Perception"):
-            raise ValueError(f"index {index} with question_type {kind!r:.40} is not in the dataset")
-        return Sample(index, verdict(data["valid_outputs"]), question_type=kind).within(questions)
-    if metric != "precision" and "\\ud" in text.lower():
-        json.dumps(data, ensure_ascii=False).encode()  # half a character: it cannot be written back
-    steps = read_list(data.get("valid_outputs") or "", own_line=metric == "relevance_rate")
-    if steps is None:
-        raise ValueError("no list in valid_outputs" + ", or not in lines" * (metric == "relevance_rate"))
-    if not steps and metric != "recall":
-        raise ValueError(EMPTY)
-    return SCORES[metric](data, steps)._replace(index=index).within(questions)
+def main(argv=None):
+    """`score ...` or `judge ...`."""
+    command, *argv = (sys.argv[1:] if argv is None else argv) or [""]
+    if command == "score":
+        run(score_command, ScoreConfig, argv)
+    elif command == "judge":
+        run(judge_command, JudgeConfig, argv, prompt=("cot", "dir"))
+    else:
+        print(f"error: the command is {command!r}; allowed: score, judge (see score --help)", file=sys.stderr)
+        raise SystemExit(2)
 
 
-def verdict(said):
-    """1 or 0; None where the judge said something else, which counts as 0."""
-    try:
-        return int(said) if int(said) in (0, 1) else None
-    except UNREADABLE:
-        return None
+if __name__ == "__main__":
+    main()

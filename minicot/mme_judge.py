@@ -29,12 +29,20 @@ from minicot.records import samples_from_row
 METRICS = ("precision", "recall", "relevance_rate", "reflection_quality")
 STEPS = (*METRICS, "extract", "judge")
 TYPES = ("logical inference", "image description")  # of a step; "background information" is not scored
+CATEGORIES = {  # with their subcategories
+    "Math": ("Plane Geometry", "Algebra", "Coordinate", "Solid Geometry", "Application"),
+    "Science": ("Physics", "Chemistry", "Biology"),
+    "General Reasoning": ("Commonsense", "Details"),
+    "OCR": ("Doc", "Diagram", "search"),
+    "Spatial-Temporal": ("Spatial", "Temporal"),
+    "Logic": ("Transformation", "Attribution"),
+}
 KINDS = ("logical_conclusion", "image_caption")  # of a key step
 LETTERS = "ABCDEFGHIJKL"
 SYSTEM = "You are an AI assistant that helps people solve their questions."  # the official one
-SUFFIX = {
-    "cot": "Please generate a step by step answer, include all your intermediate reasoning process, and provide "
-    "the final answer at the end.",
+SUFFIX = {  # the official ones
+    "cot": "Please generate a step by step answer, include all your intermediate reasoning process, and "
+    "provide the final answer at the end.",
     "dir": "Please directly provide the final answer without any other output.",
 }
 # What stands before a final answer, in the order in which it is looked for (official).
@@ -55,6 +63,16 @@ def load(text):
         raise InputError(f"not JSON ({error!s:.80})") from None
 
 
+def lines_of(content, kind, notes):
+    """Yield (line number, object) of JSON lines; what is none is named."""
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            if line.strip():
+                yield number, load(line)
+        except InputError as error:
+            notes.append((kind, f"line {number}: {error}"))
+
+
 def read_dataset(path, notes):
     """DATASET.json, a list of the official rows or one row a line -> {index: row}. A row without an integer
     index is left out, one of another type than the two is named as well; of two with one index the last
@@ -63,7 +81,7 @@ def read_dataset(path, notes):
     try:
         rows = load(content)
     except InputError:
-        rows = [load(line) for line in content.splitlines() if line.strip()]
+        rows = [row for _, row in lines_of(content, "dataset row left out", notes)]
     for place, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
         index = row.get("index") if isinstance(row, dict) else None
         texts = [row.get(name) for name in ("category", "subcategory")] if isinstance(row, dict) else []
@@ -95,11 +113,9 @@ def read_predictions(path, questions, notes):
     (index, prediction, ...) or one of sample.py's Samples (id is the index; the first response counts). What
     is none of these, is asked twice or by nobody, or is about another question is left out and named."""
     found = {}
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in lines_of(Path(path).read_bytes(), "prediction left out", notes):
         try:
-            index, row = prediction_of(load(line), f"{path}:{number}")
+            index, row = prediction_of(line, f"{path}:{number}")
         except InputError as error:
             notes.append(("prediction left out", f"line {number}: {error}"))
             continue
@@ -123,10 +139,11 @@ def read_predictions(path, questions, notes):
 def prediction_of(row, where):
     """A line -> (index, columns). InputError: it has no integer index, or no prediction."""
     if isinstance(row, dict) and "responses" in row:
-        samples = samples_from_row({"question": "", **row}, where, 0)
+        fields = {name: row.get(name) for name in ("question", "responses")}
+        samples = samples_from_row(fields, where, 0)
         if not samples.responses:
             raise InputError("no response")
-        row = {"index": samples.problem.id, "prediction": samples.responses[0].text}
+        row = {"index": row.get("id"), "question": fields["question"], "prediction": samples.first.text}
     if not isinstance(row, dict) or "prediction" not in row:
         raise InputError("no prediction")
     index = str(row.get("index"))
@@ -136,7 +153,7 @@ def prediction_of(row, where):
 
 
 def same_question(text, row):
-    """Whether a text, where there is one, holds or is held by the row's question, but for marks and blanks."""
+    """Whether a text, if any, holds or is held by the row's question, but for marks and blanks."""
     bare = lambda value: re.sub(r"<image>|\W", "", str(value)).lower()
     return text is None or bare(row.get("question")) in bare(text) or bare(text) in bare(row.get("question"))
 
@@ -180,22 +197,22 @@ TYPED = (
 )
 # step -> what the judge is told. The tasks and the labels are the official ones, the wording is ours.
 TASKS = {
-    "precision": "Split the solution into its atomic steps, at most 35, the final answer last, and compare each "
-    "with gt_annotation. judgment is Match (it says what an item there says), Reasonable (right, but no item "
-    f"there), Wrong, or N/A (background information). {TYPED}. "
+    "precision": "Split the solution into its atomic steps, at most 35, the final answer last, and compare "
+    "each with gt_annotation. judgment is Match (it says what an item there says), Reasonable (right, but no "
+    f"item there), Wrong, or N/A (background information). {TYPED}. "
     + LIST.format('{"step_type", "premise", "conclusion", "judgment"}'),
-    "recall": "For each item of gt_annotation, in order: is it stated in the solution, or does it follow at once "
-    "from what is stated, with all its values right? judgment is Matched or Unmatched. "
+    "recall": "For each item of gt_annotation, in order: is it stated in the solution, or does it follow at "
+    "once from what is stated, with all its values right? judgment is Matched or Unmatched. "
     + LIST.format('{"step_index", "judgment"}'),
     "relevance_rate": "Split the solution into its atomic steps, at most 40. Does each step work toward an "
     f"answer to the question? Right or wrong does not matter. relevant is Yes or No. {TYPED}. "
     + LIST.format('{"step_type", "conclusion", "relevant"}'),
-    "reflection_quality": "Find the steps of the solution that think again (wait, alternatively, let me check), "
-    "at most 30. judgment is Correct where the conclusion is right and new, else Wrong; error_type is then "
-    "Repetition, Wrong Conclusion, Incompleteness or Other, else N/A. No such steps: an empty list. "
+    "reflection_quality": "Find the steps of the solution that think again (wait, alternatively, let me "
+    "check), at most 30. judgment is Correct where the conclusion is right and new, else Wrong; error_type is "
+    "then Repetition, Wrong Conclusion, Incompleteness or Other, else N/A. No such steps: an empty list. "
     + LIST.format('{"conclusion", "judgment", "error_type"}'),
-    "extract": "What is the final answer of the solution? Reply with its letter or value alone, Z where it has "
-    "none.",
+    "extract": "What is the final answer of the solution? Reply with its letter or value alone, Z where it "
+    "has none.",
     "judge": "Is extract_answer the same answer as answer? Reply with 1 (yes) or 0 (no) alone.",
 }
 FIELDS = {
@@ -253,8 +270,8 @@ def request(step, row):
 
 
 def official(reply):
-    """A judge's reply as the official scripts want it: what is a list, or an object of `steps`, becomes a list
-    with line breaks. All else stays as it was said; scoring names it where it is no list."""
+    """A judge's reply as the official scripts want it: a list, or an object of `steps`, becomes a list with
+    line breaks. All else stays as it was said; scoring names it where it is no list."""
     try:
         said = json.loads(reply)
     except (ValueError, RecursionError):
@@ -294,7 +311,7 @@ def extract_by_rule(row):
 
 
 def judge_by_rule(extracted, answer):
-    """The official shortcut: "1" or "0" for two single characters, else None, which leaves it to the judge."""
+    """The official shortcut: "1" or "0" for two single characters, else None: the judge is asked."""
     return str(int(extracted == answer)) if len(extracted) == len(answer) == 1 else None
 
 
@@ -312,7 +329,9 @@ def make_cache(rows, out, prompt, name, chat_of, *, steps=STEPS, limit=8, notes)
     for step in (step for step in STEPS if step in steps and (prompt == "cot" or step not in METRICS)):
         folder(step).mkdir(parents=True, exist_ok=True)
         there = read_cached(folder(step), notes)
-        chosen = [row for row in rows.values() if step not in METRICS or row["question_type"] == "Reasoning"]
+        chosen = [
+            row for row in rows.values() if step not in METRICS or row.get("question_type") == "Reasoning"
+        ]
         todo = [dict(row) for row in chosen if row["index"] not in there]
         if step in METRICS:
             todo = leave_out(todo, lambda row: is_annotated(row, step), f"no key steps for {step}", notes)
@@ -367,5 +386,5 @@ def read_cached(folder, notes):
 def write_cached(folder, row, reply):
     """One file of the cache, whole or not at all."""
     part = folder / f"{row['index']}.part"
-    part.write_text(json.dumps({"valid_outputs": reply, **row}, indent=4))
+    part.write_text(json.dumps({**row, "valid_outputs": reply}, indent=4))
     os.replace(part, folder / f"{row['index']}.json")

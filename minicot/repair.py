@@ -19,9 +19,7 @@ BARE = re.compile(r"[^,:\]}\[{\n\"]*")
 NAME = r"[\"'“][\w ]{1,40}[\"'”]\s*:"  # of a value that follows
 # What follows the quote that ends a name, and the quote that ends a value.
 AFTER_NAME = re.compile(r"\s*(?:[:\"“]|\Z)")
-AFTER_VALUE = re.compile(
-    rf"\s*(?:[}}\]{{]|\Z|(?:,\s*)+(?:[}}\]{{\"'“]|\w+\s*:|\Z)|(?:\s|//)*{NAME})"
-)
+AFTER_VALUE = re.compile(rf"\s*(?:[}}\]{{]|\Z|(?:,\s*)+(?:[}}\]{{\"'“]|\w+\s*:|\Z)|(?:\s|//)*{NAME})")
 NEXT_NAME = re.compile(NAME)
 AFTER_LONE = re.compile(rf"[\s,]*{NAME}")  # behind a text whose last character is a backslash
 
