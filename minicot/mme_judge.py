@@ -208,8 +208,8 @@ TASKS = {
     f"answer to the question? Right or wrong does not matter. relevant is Yes or No. {TYPED}. "
     + LIST.format('{"step_type", "conclusion", "relevant"}'),
     "reflection_quality": "Find the steps of the solution that think again (wait, alternatively, let me "
-    "check), at most 30. judgment is Correct where the conclusion is right and new, else Wrong; error_type is "
-    "then Repetition, Wrong Conclusion, Incompleteness or Other, else N/A. No such steps: an empty list. "
+    "check), at most 30. judgment is Correct where the conclusion is right and new, else Wrong; error_type "
+    "is then Repetition, Wrong Conclusion, Incompleteness or Other, else N/A. No such steps: an empty list. "
     + LIST.format('{"conclusion", "judgment", "error_type"}'),
     "extract": "What is the final answer of the solution? Reply with its letter or value alone, Z where it "
     "has none.",

@@ -1,11 +1,11 @@
 """MME-CoT's numbers (arXiv 2502.09621) from a cache of judges' replies; mme_cot.py is the command.
 
-quality     F1 of precision and recall                              (section 3.1)
-efficiency  mean of relevance rate and reflection quality           (section 3.3)
+quality     F1 of precision and recall
+efficiency  mean of relevance rate and reflection quality
 robustness  mean of stability (Perception) and efficacy (Reasoning), each accuracy with the prompt cot minus
-            accuracy with the prompt dir                            (section 3.2)
+            accuracy with the prompt dir
 
-Values, grouping, rounding and files are those of the official scripts (MME-Benchmarks/MME-CoT, 08fa4e9); so
+Values, grouping, rounding and files are those of the official final_score/ (MME-Benchmarks/MME-CoT, 08fa4e9); so
 are their oddities, which stand where they are computed. Fractions, not percent. Not as there: sums are exact
 (math.fsum), so the order of files is nothing; the cache is only read, what the scripts write into it goes to
 per_sample.json; what crashes them is named in `notes`, and the rest is scored.
