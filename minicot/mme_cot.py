@@ -76,6 +76,13 @@ class JudgeConfig(Flags):
     out: str = flag("output", "", "folder of the official cache")
 
 
+def say(text, notes):
+    """Print a text, and below it a line for each kind of note. File names may hold what no terminal takes."""
+    kinds = dict.fromkeys(kind for kind, _ in notes)
+    lines = [text, *(summary([note for note in notes if note[0] == kind]) for kind in kinds)]
+    print("\n".join(filter(None, lines)).encode(errors="backslashreplace").decode())
+
+
 def check_paths(config, *names):
     for name in names:
         check(
@@ -99,9 +106,7 @@ def score_command(config):
     for name, made in files.items():
         Path(config.out, name).parent.mkdir(parents=True, exist_ok=True)
         Path(config.out, name).write_text(json.dumps(made, indent=4))
-    print("\n".join(describe(files, before, zeros, config.fixed)))
-    for kind in dict.fromkeys(kind for kind, _ in notes):
-        print(summary([note for note in notes if note[0] == kind]))
+    say("\n".join(describe(files, before, zeros, config.fixed)), notes)
     if not any(of["valid"] for models in files["coverage.json"].values() for of in models.values()):
         raise InputError(f"{config.folder}: no reply could be scored; see {config.out}/coverage.json")
     print(f"results: {config.out}")
@@ -124,8 +129,8 @@ def describe(files, before, zeros, fixed):
         yield "--fixed changed:"
         for model, row in headline(before).items():
             for name, value in row.items():
-                if value != models[model][name]:
-                    yield f"  {model} {name}: {percent(value)} -> {percent(models[model][name])}"
+                if value != (now := models.get(model, {}).get(name)):
+                    yield f"  {model} {name}: {percent(value)} -> {percent(now)}"
         for metric, of in zeros.items():
             yield f"  {metric}: " + ", ".join(f"{model} {n} questions count 0" for model, n in of.items())
 
@@ -161,8 +166,7 @@ def judge_command(config):
     ):
         there += kept + written
         print(f"{step}: {written} written, {kept} were there{'; ' * bool(failed)}{failed}", flush=True)
-    for kind in dict.fromkeys(kind for kind, _ in notes):
-        print(summary([note for note in notes if note[0] == kind]))
+    say("", notes)
     check(there, "--endpoint", config.endpoint, "a judge that replies; nothing was judged")
     print(f"cache: {config.out}")
 

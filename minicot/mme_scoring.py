@@ -5,10 +5,11 @@ efficiency  mean of relevance rate and reflection quality
 robustness  mean of stability (Perception) and efficacy (Reasoning), each accuracy with the prompt cot minus
             accuracy with the prompt dir
 
-Values, grouping, rounding and files are those of the official final_score/ (MME-Benchmarks/MME-CoT, 08fa4e9); so
-are their oddities, which stand where they are computed. Fractions, not percent. Not as there: sums are exact
-(math.fsum), so the order of files is nothing; the cache is only read, what the scripts write into it goes to
-per_sample.json; what crashes them is named in `notes`, and the rest is scored.
+Values, grouping, rounding and files are those of the official scripts (final_score/ of
+MME-Benchmarks/MME-CoT at 08fa4e9); so are their oddities, which stand where they are computed. Fractions, not
+percent. Not as there: sums are exact (math.fsum), so the order of files is nothing; the cache is only read,
+what the scripts write into it goes to per_sample.json; what crashes them is named in `notes`, and the rest is
+scored.
 """
 
 import json
@@ -385,7 +386,8 @@ def tables(samples, errors, notes):
         }
         notes += [
             ("no quality: no recall, or no precision file that reads", m)
-            for m in entries["precision"].keys() - whole
+            for m in entries["precision"]
+            if m not in whole
         ]
         made = {model: quality_table(p, entries["recall"][model]) for model, p in whole.items()}
         files["quality/quality_results.json"] = made
@@ -393,7 +395,8 @@ def tables(samples, errors, notes):
         reflections = entries.get("reflection_quality", {})
         notes += [
             ("no reflections judged: they count as 1", m)
-            for m in entries["relevance_rate"].keys() - reflections
+            for m in entries["relevance_rate"]
+            if m not in reflections
         ]
         files["efficiency/efficiency_results.json"] = {
             model: efficiency_table(table, reflections.get(model, DUMMY))
