@@ -374,17 +374,16 @@ def read_cached(folder, notes):
     """A folder of a cache -> {index: valid_outputs}. A file that was cut is named, and made again."""
     there = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if file.suffix == ".part":
-            continue
         try:
-            there[int(file.stem)] = load(file.read_text(encoding="utf-8"))["valid_outputs"] or ""
+            said = load(file.read_text(encoding="utf-8"))["valid_outputs"]
+            there[int(file.stem)] = "" if said is None else str(said)
         except (ValueError, LookupError, TypeError, OSError) as error:
             notes.append(("file of the cache left out", f"{file}: {error!r:.80}"))
-    return {index: text for index, text in there.items() if isinstance(text, str)}
+    return there
 
 
 def write_cached(folder, row, reply):
-    """One file of the cache, whole or not at all."""
-    part = folder / f"{row['index']}.part"
+    """One file of the cache, whole or not at all: begun outside the folders that are scored."""
+    part = folder.parents[1] / f"{folder.name}-{row['index']}.part"
     part.write_text(json.dumps({**row, "valid_outputs": reply}, indent=4))
     os.replace(part, folder / f"{row['index']}.json")

@@ -12,6 +12,7 @@ import json
 import re
 
 DEEPEST = 1000  # open brackets; no judge nests as deep
+LONGEST = 1_000_000  # characters of a list that is mended; a judge's longest reply has about 20,000
 QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’"}
 WORDS = {"true": True, "false": False, "null": None, "none": None, "nan": None}
 BLANK = re.compile(r"(?:\s|//[^\n]*|/\*.*?(?:\*/|\Z))*", re.S)
@@ -19,7 +20,7 @@ BARE = re.compile(r"[^,:\]}\[{\n\"]*")
 NAME = r"[\"'“][\w ]{1,40}[\"'”]\s*:"  # of a value that follows
 # What follows the quote that ends a name, and the quote that ends a value.
 AFTER_NAME = re.compile(r"\s*(?:[:\"“]|\Z)")
-AFTER_VALUE = re.compile(rf"\s*(?:[}}\]{{]|\Z|(?:,\s*)+(?:[}}\]{{\"'“]|\w+\s*:|\Z)|(?:\s|//)*{NAME})")
+AFTER_VALUE = re.compile(rf"\s*(?:[}}\]{{]|\Z|(?:,\s*)+(?:[}}\]{{\"'“]|\w+\s*:|\Z)|(?://[^\n]*\s*)?{NAME})")
 NEXT_NAME = re.compile(NAME)
 AFTER_LONE = re.compile(rf"[\s,]*{NAME}")  # behind a text whose last character is a backslash
 
@@ -49,6 +50,8 @@ def read_list(text, *, own_line=False):
     try:
         return json.loads(kept, strict=False)
     except ValueError:
+        if len(found) > LONGEST:
+            raise ValueError(f"a list of {len(found):,} characters that is no JSON") from None
         return Mender(found).list()
 
 
@@ -111,7 +114,7 @@ class Mender:
                 self.at = end
                 return self.text[start : end - 1].replace(f"\\{close}", close)
         self.at = len(self.text)
-        return self.text[start:].rstrip("]}\n ")
+        return self.text[start:].rstrip("]}\n ").replace(f"\\{close}", close)
 
     def bare(self):
         """A number, a word such as true, or a text that should have had quotes."""

@@ -34,6 +34,10 @@ MAY_IMPORT = {
     "sampling": {"errors", "model", "vision", "tokenizer", "answers", "records", "data"},
     "verifier": {"errors", "model", "vision", "tokenizer", "answers", "records", "data", "losses", "scoring"},
     "synthesis": {"errors", "answers", "records", "data", "sampling", "chat"},
+    "repair": set(),
+    "mme_judge": {"chat", "errors", "records"},
+    "mme_scoring": {"errors", "mme_judge", "repair"},
+    "mme_cot": {"chat", "config", "errors", "mme_judge", "mme_scoring"},
     "metrics": {"answers"},
     "chat": {"errors"},
     "training": {"errors"},
@@ -116,7 +120,7 @@ def test_files_stay_within_their_budgets():
     total = sum(map(statements, core)) + sum(
         statements(ROOT / name) for name in SCRIPTS if (ROOT / name).exists()
     )
-    assert total <= 4520, total
+    assert total <= 5196, total
     assert sum(map(statements, sources(toy))) <= 900
     assert sum(map(statements, sources(recipes))) <= 1000
 
