@@ -24,8 +24,10 @@ from minicot.mme_judge import schema_of
 from minicot.mme_scoring import DUMMY, score
 from minicot.repair import find_list, read_list
 from minicot.toy import benchmark, pictures, teacher
+from tests import test_chat
 from tests.helpers import assert_one_line_error, jsonl
-from tests.test_chat import Server, completion, no_proxy_and_no_key, serve  # noqa: F401 - fixtures
+
+completion, serve, no_proxy = test_chat.completion, test_chat.serve, test_chat.no_proxy_and_no_key  # fixtures
 
 GOLDEN = Path(__file__).parent / "golden" / "mme_cot"
 golden = lambda name: json.loads((GOLDEN / f"{name}.json").read_text())
@@ -791,7 +793,7 @@ def judged(server, folder, *argv, n=4):
     )
 
 
-def test_a_server_judges_and_what_it_said_is_scored(serve, tmp_path):  # noqa: F811
+def test_a_server_judges_and_what_it_said_is_scored(serve, tmp_path):
     server = serve(judge_server(lambda index, step, number: None))
     done = judged(server, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -813,7 +815,7 @@ def test_a_server_judges_and_what_it_said_is_scored(serve, tmp_path):  # noqa: F
     assert "precision: 0 written, 4 were there" in again.stdout
 
 
-def test_a_server_that_errs_stalls_and_breaks_json_costs_its_own_questions(serve, tmp_path, monkeypatch):  # noqa: F811
+def test_a_server_that_errs_stalls_and_breaks_json_costs_its_own_questions(serve, tmp_path, monkeypatch):
     monkeypatch.setattr("minicot.chat.random", types.SimpleNamespace(uniform=lambda low, high: 0.01))
     healed = []
 
@@ -842,7 +844,7 @@ def test_a_server_that_errs_stalls_and_breaks_json_costs_its_own_questions(serve
     assert "precision: 3 written, 1 were there\n" in done.stdout and "judge: 3 written" in done.stdout
 
 
-def test_a_judge_that_lets_nobody_in_is_exit_code_2(serve, tmp_path):  # noqa: F811
+def test_a_judge_that_lets_nobody_in_is_exit_code_2(serve, tmp_path):
     server = serve(lambda request: (401, {}, b"who are you?"))
     assert_one_line_error(judged(server, tmp_path, n=2), "nothing was judged")
 
@@ -857,7 +859,7 @@ def test_a_judge_that_lets_nobody_in_is_exit_code_2(serve, tmp_path):  # noqa: F
         (["--dataset", ""], ["--dataset", "a path"]),
     ],
 )
-def test_flags_of_judge_are_checked(serve, tmp_path, argv, parts):  # noqa: F811
+def test_flags_of_judge_are_checked(serve, tmp_path, argv, parts):
     server = serve(lambda request: "1")
     assert_one_line_error(judged(server, tmp_path, *argv), *parts)
     assert server.seen == []
