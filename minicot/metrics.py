@@ -177,6 +177,19 @@ def rerank_accuracy(scores, correct, present=None) -> float:
     return float((np.where(best, correct, 0.0).sum(1) / best.sum(1)).mean())
 
 
+def auroc(scores, labels) -> float | None:
+    """The chance that a right one of these has a higher score than a wrong one, a tie counting one half: the
+    area under the ROC curve, by ranks (Mann and Whitney). scores (P,) numbers, labels (P,) 0 or 1. None where
+    all are right, or none."""
+    scores, labels = np.asarray(scores, dtype=np.float64), _zeros_and_ones("labels", labels) == 1
+    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum() - (counts - 1) / 2)[place]  # of equals the mean of theirs
+    right, wrong = int(labels.sum()), int((~labels).sum())
+    return (
+        float((ranks[labels].sum() - right * (right + 1) / 2) / (right * wrong)) if right and wrong else None
+    )
+
+
 def ratio_values(counts) -> list[float]:
     """[part, whole] of each problem -> numbers (P,) whose mean is sum(parts) / sum(wholes) and whose spread
     is the ratio's: the ratio, and each problem's pull on it (linearised). For paired_difference and

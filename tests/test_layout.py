@@ -52,7 +52,10 @@ BUDGETS = {
     "recipes/experiment.py": 262,
     "recipes/tables.py": 140,
     "recipes/work.py": 70,
-    **{f"recipes/{name}.py": 110 for name in ("aft", "llava_reasoner", "llava_verifier", "llava_diagnose")},
+    **{
+        f"recipes/{name}.py": 110
+        for name in ("aft", "llava_reasoner", "llava_verifier", "llava_diagnose", "ursa", "ursa_labels")
+    },
 }
 
 
@@ -120,9 +123,9 @@ def test_files_stay_within_their_budgets():
     total = sum(map(statements, core)) + sum(
         statements(ROOT / name) for name in SCRIPTS if (ROOT / name).exists()
     )
-    assert total <= 5196, total
+    assert total <= 5206, total
     assert sum(map(statements, sources(toy))) <= 900
-    assert sum(map(statements, sources(recipes))) <= 1000
+    assert sum(map(statements, sources(recipes))) <= 1100
 
 
 def test_lines_fit_in_a_window():

@@ -1,0 +1,226 @@
+"""URSA, "Unlocking Multimodal Mathematical Reasoning via Process Reward Model" (arXiv 2501.04686), on toy
+pictures: chains synthesised, steps labelled, a process reward model that verifies.
+
+    python -m minicot.recipes.ursa             # 3 seeds
+    python -m minicot.recipes.ursa --fast      # a small part of the work, one seed
+
+The path (paper, stages I and II): a teacher expands answers into chains of `Step k:` and `†Answer:`; those
+that miss the gold answer are dropped -> SFT -> K chains a question; of the wrong ones rollouts find the first
+step that cannot be rescued (BEL), and the teacher misreads one fact of right ones (MIE) -> a process reward
+model (PRM) of both label sources, of each alone, and an outcome reward model (ORM) of the same responses ->
+each ranks n samples a test problem, of the SFT model and of another (SFT for half as long).
+
+A chain's score by a PRM is the mean of its steps' (the paper's), or their least, last or product. Controls:
+majority, the shortest chain, the log-ratio of DPO on the same samples. The step oracle says how right labels
+and step scores are (ursa_labels.py).
+
+Differs from the paper: rollouts at temperature 0.3 as there, but 8 of them; the head is read at the end of a
+step's line, no marker is added; the oracle stands in for people.
+"""
+
+from dataclasses import replace
+
+from minicot import plots
+from minicot.chat import describe_failures
+from minicot.recipes.experiment import Experiment
+from minicot.recipes.tables import claims
+from minicot.recipes.ursa_labels import TOKENS, bel_quality, label_by_rollouts, misread, step_quality
+from minicot.recipes.ursa_labels import training_set
+from minicot.records import Problem, fields_of, read_samples
+from minicot.runs import write_json
+from minicot.sets import read_problems
+from minicot.synthesis import synthesise
+from minicot.toy import teacher
+from minicot.verifier import AGGREGATES, aggregate, curves
+
+SIZES = {
+    "seeds": 3,
+    "first_seed": 10,
+    "taught": 6000,  # training problems that the teacher answers
+    "error_rate": 0.25,  # ... wrongly
+    "steps": 400,
+    "batch_size": 32,
+    "lr": 2e-3,
+    "labelled": 500,  # training problems that are sampled and labelled
+    "k": 8,  # responses to each
+    "epochs": 2.0,  # of a reward model
+    "reward_lrs": (1e-4, 3e-4, 1e-3),
+    "dpo_lrs": (1e-5, 3e-5, 1e-4),
+    "validation": 300,
+    "test": 1000,
+    "n": 32,  # samples that are chosen among
+}
+FAST = dict(
+    seeds=1, taught=1500, steps=60, labelled=60, k=4, validation=50, test=100, n=4, reward_lrs=(3e-4,),
+    dpo_lrs=(3e-5,),
+)  # fmt: skip
+SOURCES = {"prm": "both", "prm-no-bel": "mie", "prm-no-mie": "bel", "orm": "both"}
+
+# Metrics: <way>@<n>: a way of choosing among n samples: majority, the highest mean (min, last, product) of
+# step scores, vote (by the mean), the shortest; "other ...": among another model's; first_error: how often
+# the first step below 1/2 is the first wrong one; steps: how often a score is on the oracle's side of 1/2.
+# Written down before the run. The interval of 3 seeds x 1,000 problems is about 1.5 points to each side.
+CLAIMS = claims("""
+a1*|mean@32       |prm       |prm/majority@32|up  |PRM best-of-n beats majority
+a2 |majority@32   |prm       |sft/greedy     |up  |majority beats the greedy answer
+a3*|mean@32       |prm       |orm            |up  |PRM best-of-n beats the ORM's
+a4 |vote@32       |prm       |prm/majority@32|up  |a vote weighted by the PRM beats majority
+a5 |mean@32       |prm       |prm/shortest@32|up  |PRM best-of-n beats the shortest chain
+a6 |mean@32       |prm       |dpo/best@32    |up  |PRM best-of-n beats the log-ratio of DPO
+a7 |mean@8        |prm       |prm/majority@8 |up  |with 8 samples, PRM best-of-n beats majority
+b1*|mean@32       |prm       |prm-no-bel     |up  |losing BEL costs
+b2 |mean@32       |prm       |prm-no-mie     |up  |losing MIE costs
+b3 |mean@32       |prm-no-mie|prm-no-bel     |up  |losing BEL costs more than losing MIE
+b4 |steps         |prm       |prm-no-bel     |up  |losing BEL costs in step labels
+b5 |steps         |prm       |prm-no-mie     |up  |losing MIE costs in step labels
+c1*|other mean@32 |prm       |prm/other majority@32|up|it verifies another model's chains
+d1 |first_error   |prm       |prm-no-bel     |up  |BEL helps to find the first error
+d2 |first_error   |prm       |prm-no-mie     |up  |MIE helps to find the first error
+""")
+PAPER = {"prm": "above majority by 2 to 4 points, best of 32 (URSA-8B, MathVerse and MathVision)"}
+WAYS = ("majority", *AGGREGATES, "vote", "shortest", "pass")
+COLUMNS = {
+    "model": {
+        "greedy": "{greedy:.1%}",
+        "majority of 32": "{majority@32:.1%}",
+        "best of 32": "{mean@32:.1%}",
+        "weighted vote of 32": "{vote@32:.1%}",
+        "other's chains: majority, best": "{other majority@32:.1%} / {other mean@32:.1%}",
+        "step labels": "{steps:.1%}",
+        "first error": "{first_error:.1%}",
+        "AUROC of steps": "{auroc:.3f}",
+        "BEL: step labels, first error": "{bel_steps:.1%} / {bel_first:.1%}",
+        "BEL as exhaustive search": "{as_exhaustive:.1%}",
+        "paper": PAPER,
+    }
+}
+PIVOTS = [("choosing among n", model, WAYS, (1, 2, 4, 8, 16, 32)) for model in ("prm", "orm")]
+
+
+# ---- choosing ------------------------------------------------------------------------------------
+
+
+def chosen_among(file):
+    """{"<way>@<n>": right or not (as a share) of each problem}."""
+    sampled = [one for one in read_samples(file) if one.responses]
+    sizes = [2**i for i in range(6) if 2**i <= len(sampled[0].responses)]
+    [kind] = sampled[0].responses[0].scores
+    scores = {how: lambda r, how=how: aggregate(r.step_scores[kind], how) for how in AGGREGATES}
+    scores, vote = (scores, "raw vote") if kind != "dpo" else ({"best": lambda r: r.scores["dpo"]}, "vote")
+    found = {}
+    for way, score in (scores | {"shortest": lambda r: -len(r.text)}).items():
+        marked = [
+            replace(one, responses=[replace(r, scores={"s": score(r)}) for r in one.responses])
+            for one in sampled
+        ]
+        for n, ways in curves(marked, "s", sizes=sizes).items():
+            found[f"{way}@{n}"] = ways["best"]
+            if way == next(iter(scores)):  # a vote by the first of the scores, the mean
+                found |= {
+                    f"majority@{n}": ways["majority"],
+                    f"pass@{n}": ways["pass"],
+                    f"vote@{n}": ways[vote],
+                }
+    return found
+
+
+def all_curves(out, scored, *, seed):
+    write_json(out, chosen_among(scored))
+
+
+def best_score(out, scored, *, seed):
+    """{"score": the accuracy of the best of all samples}, which chooses a rate."""
+    by_n = {
+        n: values
+        for name, values in chosen_among(scored).items()
+        for way, n in [name.split("@")]
+        if way in ("mean", "best")
+    }
+    values = by_n[max(by_n, key=int)]
+    write_json(out, {"score": sum(values) / len(values)})
+
+
+# ---- the experiment ------------------------------------------------------------------------------
+
+
+def expanded(E):
+    """The rows that SFT learns: the teacher's chains that pass the filter. E.failures says what did not."""
+    problems = read_problems(E.data, E.train, limit=E.size.taught)
+    chat = teacher.chat("expand", [vars(problem) for problem in problems], error_rate=E.size.error_rate)
+    made = list(synthesise(problems, "expand", chat))
+    E.failures = describe_failures(made)
+    return [fields_of(one) for one in made if isinstance(one, Problem)]
+
+
+def declare(E):
+    s = E.size
+    rows, form = E.write("expanded.jsonl", expanded(E)), dict(style="dagger", max_new_tokens=TOKENS)
+    sft, other = (
+        E.model(
+            name, "train.py", "--no-group-by-length", init=E.init, data=rows, eval_split="", steps=steps,
+            lr=s.lr, batch_size=s.batch_size, save_every=0,
+        )
+        for name, steps in (("sft", s.steps), ("other", s.steps // 2))
+    )  # fmt: skip
+    train, apart, tested = (
+        E.problems(*part) | form
+        for part in ((E.train, s.labelled), (E.validation, s.validation), (E.test, s.test))
+    )
+    drawn = E.samples("train-samples", sft, n=s.k, **train)
+    held_out = E.samples("validation-samples", sft, n=s.n, **apart)
+    chains = [E.samples("test-samples", model, n=s.n, **tested) for model in (sft, other)]
+    bel, mie = E.file("bel", label_by_rollouts, drawn, sft), E.file("mie", misread, drawn)
+
+    def ranks(model, **how):
+        """Its rate is chosen by the best of the validation samples; it ranks those of both models."""
+        scored = [
+            E.samples(name, model, verifier=model, samples=of, **how)
+            for name, of in zip(("validation-scored", "scored", "scored-other"), (held_out, *chains))
+        ]
+        E.choose_by("score", best_score, scored[0], of=[model])
+        E.read("curves", all_curves, scored[1], of=[model])
+        others = {f"other {way}@{s.n}": f"{way}@{s.n}" for way in ("majority", "best" if how else "mean")}
+        E.read("other", all_curves, scored[2], of=[model], take=others)
+        return scored[1]
+
+    for name, source in SOURCES.items():
+        task = name.partition("-")[0]
+        model = E.model(
+            name, "train.py", task=task, init=sft, epochs=s.epochs, batch_size=s.batch_size, save_every=0,
+            samples=E.file(f"train-{source}", training_set, bel, mie, source), grid=dict(lr=s.reward_lrs),
+        )  # fmt: skip
+        scored = ranks(model)
+        if task == "prm":
+            E.read("steps", step_quality, scored, of=[model])
+    dpo = E.model(
+        "dpo", "align.py", "--no-reference", init=sft, method="dpo", epochs=1, samples=drawn, save_every=0,
+        probe_every=0, grid=dict(lr=s.dpo_lrs),
+    )  # fmt: skip
+    ranks(dpo, ref=sft)
+    E.read("greedy", of=[sft, other], take={"greedy": "correct"}, **tested)
+    E.read("bel", bel_quality, bel, sft, drawn, of=[sft])
+
+
+def extra(E):
+    return {"notes": [f"Of {E.size.taught} expansions: {E.failures or 'none is refused'}."]}
+
+
+def draw(results, stem):
+    for name in ("prm", "orm"):
+        rows = [cell["metrics"] for cell in results["cells"] if cell["name"] == name]
+        own = [{way: value for way, value in row.items() if not way.startswith("other")} for row in rows]
+        plots.best_of_n(own, f"{stem}_{name}.svg")
+
+
+E = Experiment(
+    "ursa",
+    "URSA: Unlocking Multimodal Mathematical Reasoning via Process Reward Model (arXiv 2501.04686)",
+    SIZES,
+    FAST,
+    data="toy-pictures",
+    init="toy-vision",
+    splits=("train", "validation", "test[1000:3000]"),
+)
+
+if __name__ == "__main__":
+    E.main(declare, CLAIMS, COLUMNS, pivots=PIVOTS, extra=extra, draw=draw)

@@ -1,0 +1,121 @@
+"""URSA (arXiv 2501.04686): the recipe's labels, choices and claims. The engines are in test_synthesis.py, the
+reward model in test_prm.py."""
+
+import json
+
+import pytest
+
+from minicot.answers import split_steps
+from minicot.metrics import auroc
+from minicot.records import Problem, Response, Samples, read_samples, samples_to_row
+from minicot.recipes import ursa, ursa_labels
+from minicot.runs import write_jsonl
+from minicot.synthesis import number_steps
+from minicot.toy import pictures
+
+
+def written(path, *sampled):
+    write_jsonl(path, map(samples_to_row, sampled))
+    return path
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_the_recipe_declares_what_its_claims_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ursa.E.parse(["--fast", "--set", "taught=40", "n=32"])
+    ursa.declare(ursa.E)
+    ursa.E.check(ursa.CLAIMS)
+    models = {model.name: model for model in ursa.E.models}
+    ursa.E.models.clear(), ursa.E.reads.clear()
+    assert set(models) == {"sft", "other", *ursa.SOURCES, "dpo"}
+    assert models["orm"].flags["samples"].name == models["prm"].flags["samples"].name  # the same responses
+    assert 3 <= sum(claim["id"].endswith("*") for claim in ursa.CLAIMS) <= 5
+    rows = [json.loads(line) for line in (ursa.E.root / "expanded.jsonl").read_text().splitlines()]
+    assert 20 < len(rows) < 40  # a quarter of the teacher's answers is wrong, most of these are dropped
+    assert all(row["solution"].startswith("Step 1: ") and "†Answer: " in row["solution"] for row in rows)
+
+
+def labelled(text, correct, labels, **fields):
+    return Response(text, correct, step_labels=labels, **fields)
+
+
+def test_a_reward_model_of_each_source_learns_the_same_right_responses(tmp_path):
+    right = [labelled(f"right {i}", True, [True]) for i in range(4)]
+    bel = [labelled(f"bel {i}", False, [False]) for i in range(5)] + [Response("not located", False)]
+    mie = [labelled(f"mie {i}", False, [True, False]) for i in range(4)]
+    sampled = written(tmp_path / "bel", Samples(Problem("p", "q"), right + bel))
+    misread = written(tmp_path / "mie", *(Samples(Problem(f"m{i}", "q"), [one]) for i, one in enumerate(mie)))
+    texts = {}
+    for source in ("both", "bel", "mie"):
+        ursa_labels.training_set(tmp_path / source, sampled, misread, source, seed=0)
+        made = read_samples(tmp_path / source)
+        assert len({one.problem.id for one in made}) == len(made)
+        texts[source] = {one.text for samples in made for one in samples.responses}
+    kept = {text for text in texts["both"] if text.startswith("right")}
+    assert len(kept) == 3  # one for three of the nine wrong ones
+    wrong = {name: {one.text for one in part[:5]} for name, part in (("bel", bel), ("mie", mie))}
+    assert texts["bel"] == kept | wrong["bel"] and texts["mie"] == kept | wrong["mie"]
+    assert texts["both"] == kept | wrong["bel"] | wrong["mie"]
+
+
+ROW = pictures.make_problem(1, kind="table", difficulty=2)
+
+
+def chain(wrong_from=None):
+    """The row's solution in URSA's form; from this step on it is wrong."""
+    steps = [
+        step if wrong_from is None or j < wrong_from else "Zoe has" for j, step in enumerate(ROW["steps"])
+    ]
+    return number_steps(steps, ROW["answer"] if wrong_from is None else "99")
+
+
+def test_labels_are_held_to_the_step_oracle(tmp_path):
+    K = len(ROW["steps"])
+    scores = lambda first: [0.9] * first + [0.2] * (K - first)
+    told = [  # (chain, the first step that the model doubts)
+        (chain(), K),
+        (chain(2), 2),
+        (chain(2), 3),
+    ]
+    made = [Response(text, False, step_scores={"prm": scores(first)}) for text, first in told]
+    assert all(len(split_steps(text)) == K for text, _ in told)
+    file = written(tmp_path / "scored", Samples(Problem(f"{ROW['id']}/3", "q"), made))
+    ursa_labels.step_quality(tmp_path / "out", file, seed=0)
+    found = read(tmp_path / "out")
+    assert found["steps"] == [[3 * K - 1, 3 * K]] and found["first_error"] == [[1, 2]]
+    right, wrong = K + 4, 2 * (K - 2)  # of the wrong steps one has 0.9
+    assert found["auroc"] == pytest.approx((right * (wrong - 1) + right / 2) / (right * wrong))
+
+
+def test_auroc_is_the_share_of_pairs_in_order():
+    assert auroc([0.1, 0.4, 0.4, 0.8], [0, 0, 1, 1]) == 3.5 / 4
+    assert auroc([1, 2], [1, 1]) is None and auroc([1, 2], [0, 0]) is None
+    assert auroc([3, 2, 1], [0, 1, 1]) == 0.0
+    with pytest.raises(ValueError, match="labels holds 2"):
+        auroc([1.0], [2])
+
+
+def judged(answer, steps, kind="prm"):
+    text = "x" * len(steps) + f"\n†Answer: {answer}"
+    scores = {kind: sum(steps)}
+    return Response(text, answer == "1", answer=answer, scores=scores, step_scores={"prm": steps})
+
+
+def test_best_of_n_by_each_aggregate_and_its_controls(tmp_path):
+    """Of four answers 2 is the commonest and the shortest; 1 has the highest mean, 3 the highest least."""
+    pool = [judged("2", [0.1]), judged("2", [0.2]), judged("1", [0.9, 0.9, 0.5]), judged("3", [0.6, 0.6])]
+    file = written(tmp_path / "scored", Samples(Problem("p", "q", answer="1"), pool))
+    ursa.all_curves(tmp_path / "curves", file, seed=0)
+    found = read(tmp_path / "curves")
+    at = {way: found[f"{way}@4"] for way in ursa.WAYS}
+    assert at["mean"] == at["vote"] == at["pass"] == [1.0]
+    assert at["min"] == at["majority"] == at["shortest"] == [0.0]
+    ursa.best_score(tmp_path / "score", file, seed=0)
+    assert read(tmp_path / "score") == {"score": 1.0}
+    ratios = [judged("1", [0.1], "dpo"), judged("2", [5.0], "dpo")]
+    file = written(tmp_path / "ratios", Samples(Problem("p", "q", answer="1"), ratios))
+    ursa.best_score(tmp_path / "score", file, seed=0)
+    assert read(tmp_path / "score") == {"score": 0.0}
