@@ -125,7 +125,8 @@ def test_a_picture_is_the_same_on_every_call_and_in_every_process():
 def test_the_world_in_pictures_is_the_one_that_the_shipped_base_and_the_published_figures_know():
     """Guards against a change of the generator that leaves base weights, sample files and tables behind."""
     found = rows("train", 50) + rows("test", 50)
-    text = json.dumps([found, caption_rows("train", 50), perception_rows("train", 50)])
+    numbers = [{k: row[k] for k in row if k != "solution"} for row in perception_rows("train", 50)]
+    text = json.dumps([found, caption_rows("train", 50), numbers])
     pixels = b"".join(draw(row["image"].removeprefix("toy:")).tobytes() for row in found)
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "e21654b6ade37e84"
     assert hashlib.sha256(pixels).hexdigest()[:16] == "5b3b2ca5c9a8d43c"

@@ -61,7 +61,7 @@ def test_a_new_loss_is_one_function_one_row_and_one_test_as_printed(tmp_path):
     assert tested.returncode == 0 and "1 passed" in tested.stdout, tested.stdout
 
     write_jsonl(tmp_path / "samples.jsonl", map(samples_to_row, groups([[1, 0], [0, 1], [1, 0, 0], [1, 0]])))
-    common = ["--init", resolve("toy"), "--samples", "samples.jsonl", "--steps", 6, "--batch-size", 4]
+    common = ["--init", resolve("toy"), "--samples", "samples.jsonl", "--steps", 6, "--batch-size", 5]
     common += ["--lr", 1e-3, "--pair-low", 0, "--pair-high", 1, "--device", "cpu"]
     done = run("align.py", "--method", "simpo", *common)
     assert done.returncode == 0 and "simpo, constraint none" in done.stdout, done.stderr
