@@ -132,7 +132,7 @@ def style_of(spec):
 
 def default_length(spec):
     """Longest response in tokens where no flag says it."""
-    return {"toy-pictures-long": 160}.get(spec, 96) if spec in TOYS else 256
+    return {"toy": 96, "toy-pictures": 96, "toy-pictures-long": 160}.get(spec, 256)
 
 
 def read_problems(spec, split="train", *, limit=0):

@@ -186,9 +186,10 @@ def main(config):
             results["sizes"]["first_seed"], results["sizes"]["first_seed"] + results["seeds"]["dpo"]
         )
         files = [E.root / f"dpo{label}-s{seed}" / "test-scored" / "samples.jsonl" for seed in seeds]
-        found = [errors_table([read_samples(file) for file in files])]
+        drawn = [read_samples(file) for file in files]
+        found = [errors_table(drawn)]
         for by in SCORES:
-            scored = [scored_by(file, by) for file in files]
+            scored = [scored_by(sampled, by) for sampled in drawn]
             found += [orders_table(scored, "dpo", by), betas_table(scored, "dpo", by)]
         found.append(orders_table(scored, "short", "fewer characters"))
     print("\n".join(line for head, rows in found for line in markdown(head, rows)))

@@ -58,6 +58,9 @@ SIZES = {
     "lrs": (3e-6, 1e-5, 3e-5, 1e-4),
     "one_rate": 1e-4,
 }
+PICTURES = dict(  # earlier runs looked at the first 1,000 test problems
+    data="toy-pictures", init="toy-vision", splits=("train", "validation", "test[1000:3000]")
+)
 FAST = dict(
     seeds=1, taught=2000, easy=200, steps=60, sampled=100, k=8, validation=100, test=200, pool=50,
     lrs=(1e-5,), one_rate=1e-5,
@@ -249,12 +252,13 @@ def declare(E):
         taken = {mode: "correct", f"{mode}_missing": "metrics.missing_answers"}
         for models, *switches in ((seeing,), ([blind], "--evaluate", "--blind")):
             E.read(mode, *switches, of=models, mode=mode, take=taken, **tested)
-    pool, drawing = E.problems(E.test, s.pool), [both, *aligned.values()]
-    E.read("sampled", of=drawing, n=8, take={"sampled": "right"}, **pool)
+    E.read(
+        "sampled", n=8, take={"sampled": "right"}, of=[both, *aligned.values()], **E.problems(E.test, s.pool)
+    )
     if not E.toy:
         return
-    train = E.problems(E.train, s.taught)["data"]
-    E.read("commonest", commonest, train, tested["data"], of=[E.alias("commonest", both)])
+    answers = E.problems(E.train, s.taught)["data"], tested["data"]
+    E.read("commonest", commonest, *answers, of=[E.alias("commonest", both)])
     parts = {
         "easy": pictures.rows("test", s.pool, difficulty=1),
         "extraction": pictures.perception_rows("test", s.pool),
@@ -280,9 +284,7 @@ E = Experiment(
     "LLaVA-Reasoner: Improve Vision Language Model Chain-of-thought Reasoning (arXiv 2410.16198)",
     SIZES,
     FAST,
-    data="toy-pictures",
-    init="toy-vision",
-    splits=("train", "validation", "test[1000:3000]"),  # earlier runs looked at the first 1,000
+    **PICTURES,
 )
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from minicot.answers import split_steps
 from minicot.data import distinct
 from minicot.metrics import mean_interval, paired_difference
 from minicot.recipes.experiment import Experiment
-from minicot.recipes.llava_reasoner import FAST, SIZES, all_taught, as_many_pairs, both_mix, generic_pairs
+from minicot.recipes.llava_reasoner import FAST, PICTURES, SIZES, all_taught, as_many_pairs, both_mix
+from minicot.recipes.llava_reasoner import generic_pairs
 from minicot.recipes.tables import claims
 from minicot.records import read_jsonl, read_samples, samples_to_row
 from minicot.runs import write_json, write_jsonl
@@ -88,10 +89,10 @@ def hardest_pairs(out, scored, *, seed):
     write_jsonl(out, made)
 
 
-def scored_by(file, score):
-    """Samples whose "dpo" score is made of their tokens' log-ratios by one of SCORES."""
+def scored_by(sampled, score):
+    """The Samples that have responses; their score "dpo" is made of tokens' log-ratios, by one of SCORES."""
     found = []
-    for samples in filter(lambda one: one.responses, read_samples(file)):
+    for samples in filter(lambda one: one.responses, sampled):
         made = [replace(r, scores={"dpo": SCORES[score](r.token_scores["dpo"])}) for r in samples.responses]
         found.append(replace(samples, responses=made))
     return found
@@ -100,9 +101,9 @@ def scored_by(file, score):
 def choose_score(out, validation, *, seed):
     """The score and the vote's beta whose vote of all samples answers most problems rightly: {"score": its
     accuracy, "by": the score, "beta"}; the first of equals."""
-    best = {"score": -1.0}
+    best, drawn = {"score": -1.0}, read_samples(validation)
     for by in SCORES:
-        sampled = scored_by(validation, by)
+        sampled = scored_by(drawn, by)
         n = len(sampled[0].responses)
         for beta in BETAS:
             [ways] = curves(sampled, "dpo", beta=beta, sizes=(n,)).values()
@@ -114,7 +115,7 @@ def choose_score(out, validation, *, seed):
 def all_curves(out, chosen, test, *, seed):
     """{"<way>@<n>": right or not (as a share) of each problem}, by the score and beta that were chosen."""
     how = read_json(chosen)
-    sampled = scored_by(test, how["by"])
+    sampled = scored_by(read_samples(test), how["by"])
     sizes = [2**i for i in range(6) if 2**i <= len(sampled[0].responses)]
     found = curves(sampled, "dpo", beta=how["beta"], sizes=sizes)
     write_json(out, {f"{way}@{n}": found[n][way] for n in sizes for way in WAYS})
@@ -207,9 +208,7 @@ E = Experiment(
     "LLaVA-Reasoner's verifier: Improve Vision Language Model Chain-of-thought Reasoning (arXiv 2410.16198)",
     SIZES,
     FAST,
-    data="toy-pictures",
-    init="toy-vision",
-    splits=("train", "validation", "test[1000:3000]"),  # earlier runs looked at the first 1,000
+    **PICTURES,
 )
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from dataclasses import replace
 from minicot import plots
 from minicot.chat import describe_failures
 from minicot.recipes.experiment import Experiment
+from minicot.recipes.llava_reasoner import PICTURES
 from minicot.recipes.tables import claims
 from minicot.recipes.ursa_labels import TOKENS, bel_quality, label_by_rollouts, misread, step_quality
 from minicot.recipes.ursa_labels import training_set
@@ -217,9 +218,7 @@ E = Experiment(
     "URSA: Unlocking Multimodal Mathematical Reasoning via Process Reward Model (arXiv 2501.04686)",
     SIZES,
     FAST,
-    data="toy-pictures",
-    init="toy-vision",
-    splits=("train", "validation", "test[1000:3000]"),
+    **PICTURES,
 )
 
 if __name__ == "__main__":

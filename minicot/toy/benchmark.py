@@ -9,10 +9,11 @@ import json
 import re
 from dataclasses import replace
 
-from minicot.answers import STYLES, extract_answer, is_correct, split_steps
+from minicot.answers import is_correct, split_steps
 from minicot.errors import InputError
 from minicot.toy import pictures, problems
 from minicot.toy.pictures import chain, in_picture, read_from, row_of, scene_of, write_step
+from minicot.toy.teacher import final_answer
 from minicot.toy.problems import FACTS, WORDINGS, operands
 
 # What is asked about a kind of picture: a table is a document, bars are read by their height, things counted.
@@ -157,7 +158,7 @@ def precision(scene, asked):
         mark = "N/A" if step["kind"] == "background information" else mark
         found.append({"step_type": step["kind"], "premise": "", "conclusion": step["text"], "judgment": mark})
     answer = final_answer(asked["solution"])
-    if answer != "Z":
+    if answer is not None:
         mark = "Match" if is_correct(answer, asked["answer"]) else "Wrong"
         last = {"premise": "", "conclusion": f"The answer is {answer}.", "judgment": mark}
         found.append({"step_type": "logical inference", **last})
@@ -190,14 +191,9 @@ def reflection_quality(scene, asked):
     return found
 
 
-def final_answer(text):
-    """The marked answer of any style; Z where there is none."""
-    return next(filter(None, (extract_answer(text, style) for style in STYLES)), "Z")
-
-
 def consistent(scene, asked):
     said = asked["extract_answer"]
-    said = final_answer(said) if final_answer(said) != "Z" else said
+    said = final_answer(said) or said
     return str(int(is_correct(said, asked["answer"])))
 
 
@@ -206,6 +202,6 @@ REPLIES = {
     "recall": recall,
     "relevance_rate": relevance_rate,
     "reflection_quality": reflection_quality,
-    "extract": lambda scene, asked: final_answer(asked["solution"]),
+    "extract": lambda scene, asked: final_answer(asked["solution"]) or "Z",
     "judge": consistent,
 }

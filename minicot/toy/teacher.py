@@ -50,6 +50,11 @@ def expand(row: dict, rng: random.Random) -> dict:
     return rewrite(row, rng)
 
 
+def final_answer(text: str) -> str | None:
+    """The answer by the first of STYLES that finds one; None where none does."""
+    return next(filter(None, (extract_answer(text, style) for style in STYLES)), None)
+
+
 def unify(row: dict) -> dict:
     """A solution in any wording, with `Step k:` heads and any answer style, in the standard form: "plain"
     steps, then `#### answer`.
@@ -58,7 +63,7 @@ def unify(row: dict) -> dict:
     since unification must not repair. ValueError where no style finds an answer.
     """
     scene = scene_of(row)
-    answer = next(filter(None, (extract_answer(row["solution"], style) for style in STYLES)), None)
+    answer = final_answer(row["solution"])
     if answer is None:
         raise InputError(
             f"{scene.id}: no answer in the solution {row['solution']!r:.60}; "
