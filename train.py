@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiti
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -125,8 +126,37 @@ def most_tokens(config, model, problems, reader):
     return min(config.max_length or context, longest_row(context, problems, reader))
 
 
+# ---- the tasks -----------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """What is learned: the rows, the forward pass, the loss, and how a held-out set is measured."""
+
+    rows: Callable  # (config, model, tokenizer, reader) -> rows, held-out rows, problems to answer, left out
+    forward: Callable  # (model, Batch) -> values of the tokens (N,T) or of the steps (N,S)
+    loss: Callable  # (values, Batch, config, rows of the step, target tokens of the step) -> its part of it
+    measure: Callable  # of evaluation.py
+    held_out: str  # what is measured
+    unused: tuple  # flags that belong to the other task
+
+
+def solution_loss(values, batch, config, n_rows, n_tokens):
+    return sft_loss(values, batch.loss_mask, n_tokens=n_tokens)
+
+
+def label_loss(values, batch, config, n_rows, n_tokens):
+    losses = prm_loss(values, batch.step_labels, batch.step_ends >= 0, reduce=config.reduce)
+    return losses.sum() / n_rows
+
+
+SFT = Task(solved_rows, score, solution_loss, measure, "problems", ("samples", "eval_samples", "reduce"))
+LABELS = Task(judged_rows, step_logits, label_loss, measure_steps, "responses", ("data", "eval_split"))
+TASKS = {"sft": SFT, "prm": LABELS, "orm": LABELS}
+
+
 def main(config):
-    for name in ("samples", "eval_samples", "reduce") if config.task == "sft" else ("data", "eval_split"):
+    task = TASKS[config.task]
+    for name in task.unused:
         value, unset = getattr(config, name), getattr(TrainConfig, name)
         allowed = f"its default, {unset!r}: --task {config.task} does not use it"
         check(value == unset, "--" + name.replace("_", "-"), value, allowed)
@@ -136,8 +166,7 @@ def main(config):
     inputs += [file for file in (config.samples, config.eval_samples) if file]
     check_out(config, inputs)
     model, tokenizer, reader = load_start(config, init, folder, device)
-    make = solved_rows if config.task == "sft" else judged_rows
-    rows, held_out_rows, graded, left_out = make(config, model, tokenizer, reader)
+    rows, held_out_rows, graded, left_out = task.rows(config, model, tokenizer, reader)
     check_pictures([rows, held_out_rows], reader, config.samples or config.data)
     if config.peek:
         peek(tokenizer, [[row] for row in rows[: config.peek]])
@@ -145,12 +174,10 @@ def main(config):
     check(n_rows > 0, "--epochs", config.epochs, f"enough for one of the {len(rows)} rows")
     lengths = [len(row.ids) if config.group_by_length else 0 for row in rows]
     batches = schedule(lengths, config.batch_size, n_rows, seed_of(config.seed, "order"))
-    if config.task == "sft":
-        asking = how_to_ask(config, "cot" if config.mode == "both" else config.mode, reader)
-        evaluate = partial(measure, problems=graded, asking=asking)
-    else:
-        evaluate = partial(measure_steps, reader=reader)
-    evaluate = partial(evaluate, tokenizer=tokenizer, rows=held_out_rows, config=config)
+    asking = how_to_ask(config, "cot" if config.mode == "both" else config.mode, reader)
+    evaluate = partial(
+        task.measure, tokenizer=tokenizer, rows=held_out_rows, problems=graded, config=config, asking=asking
+    )
     held_out = graded or held_out_rows
 
     def micro_batches(step):
@@ -164,10 +191,10 @@ def main(config):
         optimizer = make_optimizer(model, config.lr, config.weight_decay, config.vision_lr)
         first = load_checkpoint(run.out, model, optimizer) if config.resume else 0
         log = Log(run.out / "metrics.jsonl", first)
-        what = "problems" if config.task == "sft" else "responses"
         print(
             f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}; {len(rows):,} rows and "
-            f"{len(held_out)} held-out {what}; left out: {left_out}; steps {first + 1} to {len(batches)}"
+            f"{len(held_out)} held-out {task.held_out}; left out: {left_out}; "
+            f"steps {first + 1} to {len(batches)}"
         )
         if held_out and not first:
             keep_before(run.out, evaluate(model))
@@ -181,12 +208,8 @@ def main(config):
             loss = 0.0
             for batch in (part.to(device) for part in parts):
                 with autocast(config, device):
-                    values = score(model, batch) if config.task == "sft" else step_logits(model, batch)
-                if config.task == "sft":
-                    part = sft_loss(values, batch.loss_mask, n_tokens=n_target)
-                else:
-                    costs = prm_loss(values, batch.step_labels, batch.step_ends >= 0, reduce=config.reduce)
-                    part = costs.sum() / len(chosen)
+                    values = task.forward(model, batch)
+                part = task.loss(values, batch, config, len(chosen), n_target)
                 part.backward()
                 loss += part.item()
             ids = [row.problem_id for row in chosen]

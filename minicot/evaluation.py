@@ -52,9 +52,10 @@ def measure(model, tokenizer, problems, rows, asking, config):
 
 
 @torch.no_grad()
-def measure_steps(model, tokenizer, rows, reader, config):
+def measure_steps(model, tokenizer, problems, rows, asking, config):
     """Of a reward model, for each of the rows: {"labels": the share of its steps whose label lies on the
-    model's side of 1/2, "bce": the mean loss of its steps}."""
+    model's side of 1/2, "bce": the mean loss of its steps}. No problem is answered."""
+    reader = asking["reader"]
     shares, losses, device = [], [], next(model.parameters()).device
     with autocast(config, device):
         for start in range(0, len(rows), 8):
