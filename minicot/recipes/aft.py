@@ -18,8 +18,8 @@ which is more robust: a method that may choose its rate retreats to where nothin
 Ranking feedback (the paper's GSM8K-RANK) replaces right/wrong by the step oracle's grade of each chain, at
 the one rate; built-in world only. "harder": test problems of five operations; training has two to four.
 
-Differs from the paper: K = 4 samples of the one VFT model, one pass for its three; PRO's SFT term weighs 1, as AFT's, in all arms
-(the paper's 0.05 (l - 1)^2, 3.2 at l = 9, is the row "pro-paper"); a toy world.
+Differs from the paper: K = 4 samples of the one VFT model, one pass for its three; PRO's SFT term weighs 1,
+as AFT's, in all arms (the paper's 0.05 (l - 1)^2, 3.2 at l = 9, is the row "pro-paper"); a toy world.
 """
 
 import re
