@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from minicot import mme_cot
 from minicot.chat import ChatError
 from minicot.errors import InputError
-from minicot.mme_judge import METRICS, STEPS, SUFFIX, build_prompt, extract_by_rule, gt_annotation
-from minicot.mme_judge import judge_by_rule, make_cache, official, read_dataset, read_predictions, request
-from minicot.mme_judge import schema_of
-from minicot.mme_scoring import DUMMY, score
-from minicot.repair import find_list, read_list
+from minicot.mme_cot import __main__ as mme_cot
+from minicot.mme_cot.judge import extract_by_rule, gt_annotation, judge_by_rule, make_cache, official, request
+from minicot.mme_cot.judge import schema_of
+from minicot.mme_cot.questions import METRICS, STEPS, SUFFIX, build_prompt, read_dataset, read_predictions
+from minicot.mme_cot.repair import find_list, read_list
+from minicot.mme_cot.scoring import DUMMY, score
 from minicot.toy import benchmark, pictures, teacher
 from tests import test_chat
 from tests.helpers import assert_one_line_error, jsonl
