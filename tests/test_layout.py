@@ -43,16 +43,14 @@ MAY_IMPORT = {
     "rollouts": {"config", "data", "errors", "sampling", "scoring", "training"},
     "evaluation": {"data", "losses", "metrics", "runs", "sampling", "scoring", "sets", "training", "weights"},
 }
+RECIPES = ("aft", "llava_reasoner", "llava_verifier", "llava_diagnose", "ursa", "ursa_labels", "mme_cot")
 BUDGETS = {
     "losses.py": 260,
     "model.py": 260,
-    "recipes/experiment.py": 262,
+    "recipes/experiment.py": 271,
     "recipes/tables.py": 140,
     "recipes/work.py": 70,
-    **{
-        f"recipes/{name}.py": 110
-        for name in ("aft", "llava_reasoner", "llava_verifier", "llava_diagnose", "ursa", "ursa_labels")
-    },
+    **{f"recipes/{name}.py": 110 for name in RECIPES},
 }
 
 
@@ -123,7 +121,7 @@ def test_files_stay_within_their_budgets():
     assert total <= 4530, total
     assert sum(map(statements, sources(mme_cot))) <= 690
     assert sum(map(statements, sources(toy))) <= 900
-    assert sum(map(statements, sources(recipes))) <= 1100
+    assert sum(map(statements, sources(recipes))) <= 1160
 
 
 def test_lines_fit_in_a_window():

@@ -166,4 +166,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.argv[0] = "-m minicot.mme_cot"  # what --help says
     main()
