@@ -127,7 +127,7 @@ class Experiment(Worker):
     def borrow(self, other, declare, names):
         """Models of another recipe, an Experiment that `declare` declares: at the settings that are chosen
         there, in the folders that it left; what is absent is made there. -> {name: model} of all it has."""
-        other.parse(["--fast"] * self.args.fast)
+        other.parse(["--fast"] if self.args.fast else [])
         declare(other)
         found = {cell.name: cell for cell in other.models}
         self.models += [found[name] for name in names]
