@@ -224,14 +224,13 @@ def extra(E):
 
 
 def draw(results, stem):
-    found = {}
+    found, shown = {}, ("efficiency", "reasoning_cot")
     for cell in results["cells"]:
-        found.setdefault(cell["name"], []).append(cell["metrics"])
-    rows = [
-        (name, *(mean(row[metric] for row in metrics) for metric in ("efficiency", "reasoning_cot")))
-        for name, metrics in found.items()
-    ]
-    plots.points(rows, ("efficiency", "accuracy on reasoning questions, CoT prompt"), f"{stem}_accuracy.svg")
+        if {*shown} <= cell["metrics"].keys():  # where no step could be judged there is no efficiency
+            found.setdefault(cell["name"], []).append([cell["metrics"][metric] for metric in shown])
+    rows = [(name, *map(mean, zip(*numbers))) for name, numbers in found.items()]
+    labels = shown[0], "accuracy on reasoning questions, CoT prompt"
+    plots.points(rows, labels, f"{stem}_accuracy.svg")
 
 
 E = Experiment(
