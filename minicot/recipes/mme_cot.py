@@ -193,7 +193,7 @@ def declare(E):
     aligned = [
         E.model(
             "aft", "align.py", "--no-reference", method="aft", constraint="boundary", margin=s.margin,
-            epochs=1, **pairs, **own,
+            epochs=1, sft_weight=0, **pairs, **own,
         ),
         E.model(
             "grpo", "align.py", method="grpo", steps=s.grpo_steps, batch_size=s.grpo_batch, limit=0,
