@@ -377,8 +377,9 @@ def complete(config):
     check(not smoothed, "--label-smoothing", config.label_smoothing, "0 with a --constraint")
     unused = config.sft_weight is not None and not method.sft
     check(not unused, "--sft-weight", config.sft_weight, f"nothing: {config.method} has no SFT term")
-    if method.sft == "reference":
-        check(config.reference, "--reference", config.reference, f"true: {config.method}'s SFT term needs it")
+    if method.sft == "reference" and config.sft_weight != 0:
+        allowed = f"true, or --sft-weight 0: {config.method}'s SFT term needs it"
+        check(config.reference, "--reference", config.reference, allowed)
     return config, method
 
 

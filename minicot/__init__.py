@@ -18,10 +18,7 @@ Read in this order:
     sampling.py    new responses, graded
     chat.py        a server's model, asked: cache, retries, many requests at a time
     synthesis.py   solutions by a teacher, step labels by rollouts
-    repair.py      the list in a judge's reply, mended where it is no JSON
-    mme_judge.py   MME-CoT: questions, prompts, and a cache of what judges say of a model's chains
-    mme_scoring.py the numbers of such a cache, equal to the official scripts'
-    mme_cot.py     the two as commands
+    mme_cot/       MME-CoT: a cache of what judges say of a model's chains, scored as the official scripts do
     verifier.py    judging responses, by a DPO or a reward model, and choosing: best-of-n, weighted vote
     metrics.py     accuracies with intervals
     training.py    what a training loop needs besides the loop, which stands in train.py

@@ -59,6 +59,17 @@ def differences(rows, label, path):
     save(fig, path)
 
 
+def points(rows, labels, path):
+    """(name, x, y) rows of rates -> a dot each, its name beside it; labels of the two axes."""
+    fig, axes = figure(6.5, 4.5)
+    for name, x, y in rows:
+        axes.plot(100 * x, 100 * y, "o", color="tab:blue", markersize=5)
+        axes.annotate(name, (100 * x, 100 * y), xytext=(5, 4), textcoords="offset points")
+    axes.margins(0.15)
+    axes.set(**{f"{axis}label": f"{label} (%)" for axis, label in zip("xy", labels)})
+    save(fig, path)
+
+
 def score_histograms(pools, path):
     """{model: (scores of right responses, scores of wrong ones)} -> one panel a model on shared axes."""
     fig, panels = figure(3.2 * len(pools), 3, len(pools))

@@ -210,7 +210,7 @@ def test_trl_pairs_are_aligned_without_a_grade(policy, tmp_path):
         (["--method", "dpo", "--label-smoothing", "1"], ["--label-smoothing is 1.0", "below 1"]),
         (["--method", "dpo", "--sft-weight", "1"], ["--sft-weight is 1.0", "dpo has no SFT term"]),
         (["--method", "ipo", "--constraint", "detached"], ["--constraint", "none, for ipo"]),
-        (["--no-reference"], ["--reference"]),
+        (["--no-reference"], ["--reference", "--sft-weight 0"]),
     ],
 )
 def test_bad_input_ends_in_one_line(policy, samples, tmp_path, argv, parts):
@@ -227,6 +227,18 @@ def test_groups_that_cannot_be_used_are_counted_or_refused(policy, tmp_path):
     assert_one_line_error(
         run_align(policy, path, "--method", "dpo", "--overwrite", cwd=tmp_path), "no right x wrong pair"
     )
+
+
+def test_aft_without_its_sft_term_needs_no_written_solution(policy, tmp_path):
+    bare = [
+        dataclasses.replace(one, problem=dataclasses.replace(one.problem, solution=None))
+        for one in groups([[1, 0], [0, 1]])
+    ]
+    path = write(tmp_path / "s.jsonl", bare)
+    done = run_align(policy, path, "--no-reference", "--sft-weight", 0, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert lines(tmp_path)[0]["ranking_accuracy"] is not None
+    assert_one_line_error(run_align(policy, path, "--sft-weight", 0, "--overwrite", cwd=tmp_path), "solution")
 
 
 def test_samples_of_another_tokenizer_are_refused(policy, tmp_path):

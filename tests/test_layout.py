@@ -34,10 +34,7 @@ MAY_IMPORT = {
     "sampling": {"errors", "model", "vision", "tokenizer", "answers", "records", "data"},
     "verifier": {"errors", "model", "vision", "tokenizer", "answers", "records", "data", "losses", "scoring"},
     "synthesis": {"errors", "answers", "records", "data", "sampling", "chat"},
-    "repair": set(),
-    "mme_judge": {"chat", "errors", "records"},
-    "mme_scoring": {"errors", "mme_judge", "repair"},
-    "mme_cot": {"chat", "config", "errors", "mme_judge", "mme_scoring"},
+    "mme_cot": {"chat", "config", "errors", "records"},
     "metrics": {"answers"},
     "chat": {"errors"},
     "training": {"errors"},
@@ -46,16 +43,14 @@ MAY_IMPORT = {
     "rollouts": {"config", "data", "errors", "sampling", "scoring", "training"},
     "evaluation": {"data", "losses", "metrics", "runs", "sampling", "scoring", "sets", "training", "weights"},
 }
+RECIPES = ("aft", "llava_reasoner", "llava_verifier", "llava_diagnose", "ursa", "ursa_labels", "mme_cot")
 BUDGETS = {
     "losses.py": 260,
     "model.py": 260,
-    "recipes/experiment.py": 262,
+    "recipes/experiment.py": 271,
     "recipes/tables.py": 140,
     "recipes/work.py": 70,
-    **{
-        f"recipes/{name}.py": 110
-        for name in ("aft", "llava_reasoner", "llava_verifier", "llava_diagnose", "ursa", "ursa_labels")
-    },
+    **{f"recipes/{name}.py": 110 for name in RECIPES},
 }
 
 
@@ -118,14 +113,15 @@ def test_a_recipe_is_a_declaration():
 def test_files_stay_within_their_budgets():
     for name, budget in BUDGETS.items():
         assert statements(PACKAGE / name) <= budget, (name, statements(PACKAGE / name))
-    toy, recipes = PACKAGE / "toy", PACKAGE / "recipes"
-    core = [path for path in sources(PACKAGE) if toy not in path.parents and recipes not in path.parents]
+    toy, recipes, mme_cot = (PACKAGE / name for name in ("toy", "recipes", "mme_cot"))
+    core = [path for path in sources(PACKAGE) if not {toy, recipes, mme_cot} & {*path.parents}]
     total = sum(map(statements, core)) + sum(
         statements(ROOT / name) for name in SCRIPTS if (ROOT / name).exists()
     )
-    assert total <= 5206, total
+    assert total <= 4530, total
+    assert sum(map(statements, sources(mme_cot))) <= 690
     assert sum(map(statements, sources(toy))) <= 900
-    assert sum(map(statements, sources(recipes))) <= 1100
+    assert sum(map(statements, sources(recipes))) <= 1160
 
 
 def test_lines_fit_in_a_window():

@@ -9,23 +9,26 @@ import io
 import json
 import os
 import random
+import subprocess
+import sys
 import time
 import types
 from pathlib import Path
 
 import pytest
 
-from minicot import mme_cot
 from minicot.chat import ChatError
 from minicot.errors import InputError
-from minicot.mme_judge import METRICS, STEPS, SUFFIX, build_prompt, extract_by_rule, gt_annotation
-from minicot.mme_judge import judge_by_rule, make_cache, official, read_dataset, read_predictions, request
-from minicot.mme_judge import schema_of
-from minicot.mme_scoring import DUMMY, score
-from minicot.repair import find_list, read_list
+from minicot.mme_cot import __main__ as mme_cot
+from minicot.mme_cot.judge import extract_by_rule, gt_annotation, judge_by_rule, make_cache, official, request
+from minicot.mme_cot.judge import schema_of
+from minicot.mme_cot.questions import METRICS, STEPS, SUFFIX, build_prompt, read_dataset, read_predictions
+from minicot.mme_cot.repair import find_list, read_list
+from minicot.mme_cot.scoring import DUMMY, score
 from minicot.toy import benchmark, pictures, teacher
 from tests import test_chat
 from tests.helpers import assert_one_line_error, jsonl
+from tests.test_layout import ROOT
 
 completion, serve, no_proxy = test_chat.completion, test_chat.serve, test_chat.no_proxy_and_no_key  # fixtures
 
@@ -498,6 +501,14 @@ def test_exit_code_2_where_nothing_could_be_scored(tmp_path):
     )
     assert_one_line_error(command("score", "--dataset", DATASET, "--out", tmp_path), "FOLDER")
     assert_one_line_error(command("sort"), "'sort'", "score, judge")
+
+
+def test_the_package_is_a_command(tmp_path):
+    run = lambda *argv: subprocess.run(
+        [sys.executable, "-m", "minicot.mme_cot", *argv], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run("score", "--help").stdout.startswith("usage: python -m minicot.mme_cot [--flag value ...]")
+    assert_one_line_error(run("score", str(tmp_path), "--dataset", str(DATASET), "--out", "o"), "to score")
 
 
 def test_names_that_no_terminal_takes_are_printed_all_the_same(tmp_path):

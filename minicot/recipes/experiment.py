@@ -78,6 +78,7 @@ class Cell:
     at: tuple = ()  # (model, *flags): these flags as they were chosen for that model
     seeds: int = 10**6  # at most so many
     table: str | None = None  # which table shows it (None: the first)
+    root: Path | None = None  # where its folders lie (None: in those of its `of`)
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,19 @@ class Experiment(Worker):
         """A model that train.py or align.py makes: a row of the tables. A name "aft@twin" shares its folders
         with "aft" where their settings agree."""
         assert name not in [cell.name for cell in self.models], f"two models are called {name}"
-        self.models.append(
-            Cell(name, (script, *switches), "model", flags, None, grid or {}, at, seeds, table)
-        )
+        work = script, *switches
+        self.models.append(Cell(name, work, "model", flags, None, grid or {}, at, seeds, table, self.root))
         return self.models[-1]
+
+    def borrow(self, other, declare, names):
+        """Models of another recipe, an Experiment that `declare` declares: at the settings that are chosen
+        there, in the folders that it left; what is absent is made there. -> {name: model} of all it has."""
+        other.parse(["--fast"] if self.args.fast else [])
+        declare(other)
+        found = {cell.name: cell for cell in other.models}
+        self.models += [found[name] for name in names]
+        self.validations |= {name: one for name, one in other.validations.items() if name in names}
+        return found
 
     def alias(self, name, model):
         """Another name of a model, to be read out in another way."""
@@ -194,7 +204,7 @@ class Experiment(Worker):
             return self.folder(cell.of, seed, setting) / cell.name
         setting = self.setting(cell) if setting is None else setting
         label = cell.name.partition("@")[0] + "".join(f"-{flag}{v:g}" for flag, v in setting.items())
-        return self.root / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', label)}-s{self.seed(seed)}"
+        return cell.root / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', label)}-s{self.seed(seed)}"
 
     def seed(self, place):
         """The seed that the scripts get, of the first (0), second ... seed of the experiment."""

@@ -1,7 +1,7 @@
 """MME-CoT on the built-in world: its questions in the official form, and a judge that knows the scenes.
 
 `rows` makes DATASET.json of pictures; `judge` stands in for the GPT-4o of the paper (arXiv 2502.09621). It
-answers the requests of minicot/mme_judge.py in the official schemas, by rule: labels come from the step
+answers the requests of minicot/mme_cot/judge.py in the official schemas, by rule: labels come from the step
 oracle, so the same solution always gets the same judgment. `reflective` writes solutions that think again.
 """
 
@@ -71,7 +71,7 @@ def official_row(scene, question_type, row):
 
 
 def problem_of(row):
-    """An official row as a problem for sample.py, whose samples mme_cot.py judges: the id is the index."""
+    """An official row as a problem for sample.py, whose samples mme_cot judges: the id is the index."""
     return {"id": str(row["index"])} | {name: row[name] for name in ("question", "answer", "image")}
 
 

@@ -1,4 +1,4 @@
-"""MME-CoT's numbers (arXiv 2502.09621) from a cache of judges' replies; mme_cot.py is the command.
+"""MME-CoT's numbers (arXiv 2502.09621) from a cache of judges' replies.
 
 quality     F1 of precision and recall
 efficiency  mean of relevance rate and reflection quality
@@ -18,13 +18,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minicot.errors import InputError
-from minicot.mme_judge import CATEGORIES, KINDS, METRICS, TYPES
-from minicot.repair import read_list
+from minicot.mme_cot.questions import CATEGORIES, KINDS, METRICS, TYPES
+from minicot.mme_cot.repair import read_list
 
 DUMMY = {  # of a model without reflections: 1 everywhere
     "overall_metrics": {"average_reflection_quality": 1},
     "category": dict.fromkeys(CATEGORIES, 1),
     "subcategory": {name: 1 for names in CATEGORIES.values() for name in names},
+}
+COLUMNS = {  # the paper's: name -> where it stands
+    "F1": ("quality/quality_results.json", "overall_metrics", "f1"),
+    "P": ("quality/quality_results.json", "overall_metrics", "precision"),
+    "R": ("quality/quality_results.json", "overall_metrics", "recall"),
+    "robustness": ("robustness/robustness.json", "robustness", "overall"),
+    "stability": ("robustness/robustness.json", "stability", "overall"),
+    "efficacy": ("robustness/robustness.json", "efficacy", "overall"),
+    "efficiency": ("efficiency/efficiency_results.json", "overall_metrics", "efficiency"),
+    "relevance": ("efficiency/efficiency_results.json", "overall_metrics", "relevance_rate"),
+    "reflection": ("efficiency/efficiency_results.json", "overall_metrics", "reflection_quality"),
 }
 EMPTY = "the list is empty"
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError, OverflowError)
@@ -455,3 +466,10 @@ def score(cache, questions, notes, *, fixed=False):
         samples, zeros = fill(samples, errors, questions)
         files = tables(samples, errors, [])
     return files | {"per_sample.json": per_sample, "coverage.json": coverage}, before, zeros
+
+
+def headline(files):
+    """tables -> {model: {column: fraction or None}}, the paper's table."""
+    models = dict.fromkeys(model for file, _, _ in COLUMNS.values() for model in files.get(file, {}))
+    value = lambda model, file, part, name: files.get(file, {}).get(model, {}).get(part, {}).get(name)
+    return {model: {name: value(model, *where) for name, where in COLUMNS.items()} for model in models}

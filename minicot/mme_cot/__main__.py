@@ -1,4 +1,4 @@
-"""MME-CoT (arXiv 2502.09621): judge a model's predictions, and score what the judges said.
+"""The commands of MME-CoT (arXiv 2502.09621): judge a model's predictions, score what the judges said.
 
     python -m minicot.mme_cot judge PREDICTIONS --prompt cot|dir --dataset DATASET.json --out CACHE
     python -m minicot.mme_cot score CACHE --dataset DATASET.json --out DIR
@@ -16,29 +16,11 @@ from pathlib import Path
 from minicot.chat import Endpoint
 from minicot.config import Flags, check, flag, run
 from minicot.errors import InputError
-from minicot.mme_judge import METRICS, STEPS, make_cache, read_dataset, read_predictions, schema_of, summary
-from minicot.mme_scoring import score
+from minicot.mme_cot.judge import make_cache, schema_of
+from minicot.mme_cot.questions import METRICS, STEPS, read_dataset, read_predictions, summary
+from minicot.mme_cot.scoring import COLUMNS, headline, score
 
 ENDS = ("_results", "_errors", "_extrainfo", "")  # of the names of result files
-COLUMNS = {  # the paper's: name -> where it stands
-    "F1": ("quality/quality_results.json", "overall_metrics", "f1"),
-    "P": ("quality/quality_results.json", "overall_metrics", "precision"),
-    "R": ("quality/quality_results.json", "overall_metrics", "recall"),
-    "robustness": ("robustness/robustness.json", "robustness", "overall"),
-    "stability": ("robustness/robustness.json", "stability", "overall"),
-    "efficacy": ("robustness/robustness.json", "efficacy", "overall"),
-    "efficiency": ("efficiency/efficiency_results.json", "overall_metrics", "efficiency"),
-    "relevance": ("efficiency/efficiency_results.json", "overall_metrics", "relevance_rate"),
-    "reflection": ("efficiency/efficiency_results.json", "overall_metrics", "reflection_quality"),
-}
-
-
-def headline(files):
-    """tables -> {model: {column: fraction or None}}, the paper's table."""
-    models = dict.fromkeys(model for file, _, _ in COLUMNS.values() for model in files.get(file, {}))
-    value = lambda model, file, part, name: files.get(file, {}).get(model, {}).get(part, {}).get(name)
-    return {model: {name: value(model, *where) for name, where in COLUMNS.items()} for model in models}
-
 
 # ---- commands ------------------------------------------------------------------------------------
 
@@ -184,4 +166,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.argv[0] = "-m minicot.mme_cot"  # what --help says
     main()
