@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "training": {"errors"},
     "runs": {"config", "errors", "tokenizer", "training", "weights"},
     "rewards": {"losses"},
-    "rollouts": {"config", "data", "errors", "sampling", "scoring", "training"},
+    "rollouts": {"answers", "config", "data", "errors", "rewards", "sampling", "scoring", "training"},
     "evaluation": {"data", "losses", "metrics", "runs", "sampling", "scoring", "sets", "training", "weights"},
 }
 BUDGETS = {
