@@ -113,6 +113,7 @@ def grpo(g, c, _):
 
 
 REWARDS = {  # of GRPO, by --reward: what a Response is worth that --verifier has judged; see rewards.py
+    "outcome": lambda r, c: outcome(r),  # the verifier is watched, not asked
     "ps-grpo": lambda r, c: ps_grpo_reward(outcome(r), r.step_scores["prm"], rho=c.rho, gamma=c.gamma),
     "mean": lambda r, c: mean_reward(outcome(r), r.step_scores["prm"]),
     "steps": lambda r, c: mean_reward(outcome(r), r.step_scores["prm"]),  # logged; see rollouts.as_drawn
@@ -360,12 +361,11 @@ def complete(config):
         max_new_tokens=config.max_new_tokens or (default_length(data) if method.reward else 0),
         out=config.out or f"runs/{config.method}",
     )
-    judged, unset = c.reward != "outcome", (c.rho, c.gamma) == (AlignConfig.rho, AlignConfig.gamma)
-    prm = f"{'a PRM' if judged else 'nothing'}, with --reward {c.reward}"
+    unset = (c.rho, c.gamma) == (AlignConfig.rho, AlignConfig.gamma)
     margin = "a number with --constraint boundary, and nothing without"
     together = f"a multiple of --updates ({c.updates}), whose steps share rollouts"
     for holds, name, allowed in (
-        (bool(c.verifier) == judged, "verifier", prm),
+        (c.verifier or c.reward == "outcome", "verifier", f"a PRM, with --reward {c.reward}"),
         (unset or c.reward == "ps-grpo", "reward", "ps-grpo, with --rho or --gamma"),
         ((c.reward, c.normalisation) != ("steps", "dr-grpo"), "reward", "another, with dr-grpo"),
         (c.kl or not (method.reward and c.ref), "ref", "nothing, as --kl 0 loads no reference"),

@@ -54,7 +54,15 @@ BUDGETS = {
     "recipes/work.py": 70,
     **{
         f"recipes/{name}.py": 110
-        for name in ("aft", "llava_reasoner", "llava_verifier", "llava_diagnose", "ursa", "ursa_labels")
+        for name in (
+            "aft",
+            "llava_reasoner",
+            "llava_verifier",
+            "llava_diagnose",
+            "ursa",
+            "ursa_labels",
+            "ursa_grpo",
+        )
     },
 }
 

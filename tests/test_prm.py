@@ -596,13 +596,13 @@ def grpo(policy, *argv, cwd):
     return script("align.py", *common, *argv, cwd=cwd)
 
 
-@pytest.mark.parametrize("reward", ["ps-grpo", "mean", "steps"])
+@pytest.mark.parametrize("reward", ["outcome", "ps-grpo", "mean", "steps"])
 def test_grpo_learns_from_what_the_prm_says(trained, policy, tmp_path, reward):
     done = grpo(policy, "--reward", reward, "--verifier", trained / "prm", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     log = lines(tmp_path)
     assert all(0 <= line["prm_score"] <= 1 and line["right"] == 0 for line in log)
-    if reward == "ps-grpo":
+    if reward in ("outcome", "ps-grpo"):
         assert all(line["reward"] == line["grad_norm"] == 0 for line in log)
     else:  # a policy that is never right is paid for its scores alone
         assert log[0]["reward"] == pytest.approx(log[0]["prm_score"]) and log[0]["grad_norm"] > 0
@@ -630,7 +630,7 @@ def test_a_right_answer_by_a_doubtful_way_is_worth_less(monkeypatch):
     "argv, parts",
     [
         (["--reward", "ps-grpo"], ["--verifier is ''", "a PRM, with --reward ps-grpo"]),
-        (["--verifier", "prm"], ["--verifier is 'prm'", "nothing, with --reward outcome"]),
+        (["--verifier", "orm"], ["--verifier is 'orm'", "a PRM, this is an orm"]),
         (["--reward", "mean", "--verifier", "orm"], ["--verifier is 'orm'", "a PRM, this is an orm"]),
         (["--reward", "mean", "--verifier", "lm"], ["is a language model", "allowed: a reward model"]),
         (["--reward", "mean", "--verifier", "prm", "--rho", 0.2], ["--reward is 'mean'", "ps-grpo"]),
