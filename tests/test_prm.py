@@ -572,6 +572,11 @@ def test_each_token_gets_the_advantage_of_its_step(policy):
     assert not batch.advantages[~batch.loss_mask].any()
     table = align.tabulate(torch.zeros(batch.ids.shape), rollouts.Micro(batch), 1.0, True)
     assert align.advantages(table, config) is batch.advantages
+    long = drawn(tokenizer, "Kim has 7.\n" * 60 + "#### 7", True, [0.5] * 60)
+    found = rollouts.step_of_token(tokenizer, long)
+    assert sorted(set(found)) == list(range(61)) and found == sorted(found)
+    none = drawn(tokenizer, "#### 7", True, [])  # no step: all of it has the outcome's
+    assert set(rollouts.step_of_token(tokenizer, none)) == {0}
     plain = rollouts.as_drawn(tokenizer, samples, AlignConfig(method="grpo"))
     assert collate([plain], tokenizer.pad_id).advantages is None
 

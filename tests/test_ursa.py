@@ -25,9 +25,13 @@ def read(path):
     return json.loads(path.read_text())
 
 
+SMALL = ["--fast", "--splits", "train", "validation", "test", "--set", "taught=40", "labelled=8"]
+SMALL += ["validation=8", "test=8"]
+
+
 def test_the_recipe_declares_what_its_claims_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ursa.E.parse(["--fast", "--set", "taught=40", "labelled=8", "validation=8", "test=8", "n=32"])
+    ursa.E.parse([*SMALL, "n=32"])
     ursa.declare(ursa.E)
     ursa.E.check(ursa.CLAIMS)
     models = {model.name: model for model in ursa.E.models}
@@ -150,7 +154,7 @@ def declared(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("recipes"))
         for E, recipe, sizes in zip(both, (ursa_grpo, ursa), (["asked=8", "drawn=8"], [])):
-            E.parse(["--fast", "--set", "taught=40", "labelled=8", "validation=8", "test=8", *sizes])
+            E.parse([*SMALL, *sizes])
             recipe.declare(E)
         ursa_grpo.E.check(ursa_grpo.CLAIMS)
         yield [{model.name: model for model in E.models} for E in both]

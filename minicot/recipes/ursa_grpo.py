@@ -20,9 +20,10 @@ from minicot.recipes.experiment import Experiment
 from minicot.recipes.llava_reasoner import PICTURES
 from minicot.recipes.tables import claims
 from minicot.recipes.ursa import FAST, FORM, SIZES, labels, reward_model, solver
-from minicot.records import read_samples
+from minicot.records import fields_of, read_samples
 from minicot.rewards import largest_drop
 from minicot.runs import write_json
+from minicot.sets import read_problems
 from minicot.weights import read_json
 
 SIZES = SIZES | {
@@ -95,7 +96,8 @@ def declare(E):
     sft = solver(E, "sft", s.steps)
     _, *labelled = labels(E, sft)
     prm = reward_model(E, "prm", sft, *labelled, (rate_of_prm(E),))
-    asked = E.problems(E.part(E.train, s.taught, s.taught + s.asked), 0) | FORM
+    fresh = read_problems(E.data, E.train, limit=s.taught + s.asked)[s.taught :]
+    asked = FORM | {"data": E.write(f"train-behind-{s.taught}.jsonl", map(fields_of, fresh))}
     arms = []
     for name, reward in ARMS.items():
         rate = dict(at=(arms[0], "lr")) if arms else dict(grid=dict(lr=s.grpo_lrs))
