@@ -4,7 +4,7 @@
     python align.py --method dpo --beta 0.1 --init runs/sft --samples runs/samples.jsonl --out runs/dpo
     python align.py --method rrhf --constraint boundary --margin 0.1
     python align.py --method grpo --normalisation dapo --clip-high 0.28 --resample 4
-    python align.py --method grpo --reward ps-grpo --verifier runs/prm --kl 0.003
+    python align.py --method grpo --reward ps-grpo --verifier runs/prm --kl 0.003   # or mean, or steps
 
 A new loss is one pure function in minicot/losses.py and one row in METHODS below; the loop does not change.
 B groups (problems), K responses of the largest, N rows (all responses), T tokens.
@@ -89,9 +89,12 @@ NORMALISATIONS = {  # of GRPO: scale of the advantages, denominator; the equatio
 
 
 def advantages(g, c):
-    """(N,) of each response, under --normalisation."""
+    """(N,T): of each token its response's, under --normalisation; with --reward steps its step's."""
+    if g.batch.advantages is not None:
+        return g.batch.advantages
     scale, _ = NORMALISATIONS[c.normalisation]
-    return group_advantages(g.rewards, g.present, scale=scale)[g.batch.group, g.batch.slot]
+    of_rows = group_advantages(g.rewards, g.present, scale=scale)[g.batch.group, g.batch.slot]
+    return of_rows[:, None].expand_as(g.batch.loss_mask)
 
 
 def grpo(g, c, _):
@@ -110,8 +113,10 @@ def grpo(g, c, _):
 
 
 REWARDS = {  # of GRPO, by --reward: what a Response is worth that --verifier has judged; see rewards.py
+    "outcome": lambda r, c: outcome(r),  # the verifier is watched, not asked
     "ps-grpo": lambda r, c: ps_grpo_reward(outcome(r), r.step_scores["prm"], rho=c.rho, gamma=c.gamma),
     "mean": lambda r, c: mean_reward(outcome(r), r.step_scores["prm"]),
+    "steps": lambda r, c: mean_reward(outcome(r), r.step_scores["prm"]),  # logged; see rollouts.as_drawn
 }
 METHODS = {  # g: Groups, c: the flags, k: constraint and margin
     "rft": Method(None, sft="right"),
@@ -300,7 +305,7 @@ def watch_policy(tables, config):
     tokens that the clip has silenced; the mean k3, an estimate of the KL to the reference (None without)."""
     at = [table.batch.loss_mask for table in tables]
     tokens = lambda values: torch.cat([x[mask] for x, mask in zip(values, at)]).float().mean().item()
-    sides = [(t.token_logps, t.old_token_logps, advantages(t, config)[:, None]) for t in tables]
+    sides = [(t.token_logps, t.old_token_logps, advantages(t, config)) for t in tables]
     bounds = dict(clip_low=config.clip_low, clip_high=config.clip_high)
     return {
         "reward": torch.cat([t.rewards[t.present] for t in tables]).mean().item(),
@@ -348,38 +353,31 @@ def complete(config):
         value, unset = getattr(config, name), getattr(AlignConfig, name)
         allowed = f"its default, {unset!r}: {config.method} {why}"
         check(value == unset, "--" + name.replace("_", "-"), value, allowed)
-    judged = config.reward != "outcome"
-    allowed = f"{'a PRM' if judged else 'nothing'}, with --reward {config.reward}"
-    check(bool(config.verifier) == judged, "--verifier", config.verifier, allowed)
-    given = (config.rho, config.gamma) != (AlignConfig.rho, AlignConfig.gamma)
-    check(
-        not given or config.reward == "ps-grpo", "--reward", config.reward, "ps-grpo, with --rho or --gamma"
-    )
     default, data = config.constraint == "default", config.data or ("" if config.samples else "toy")
-    config = replace(
+    c = config = replace(
         config,
         constraint=(method.constraint or "none") if default else config.constraint,
         data=data,
         max_new_tokens=config.max_new_tokens or (default_length(data) if method.reward else 0),
         out=config.out or f"runs/{config.method}",
     )
-    allowed = "nothing, as --kl 0 loads no reference"
-    check(config.kl or not (method.reward and config.ref), "--ref", config.ref, allowed)
-    allowed = f"a multiple of --updates ({config.updates}), whose steps share their rollouts"
-    check(config.stop_at % config.updates == 0, "--stop-at", config.stop_at, allowed)
-    if method.constraint is None:
-        check(config.constraint == "none", "--constraint", config.constraint, f"none, for {config.method}")
-    allowed = "a number with --constraint boundary, and nothing without"
-    check(
-        (config.constraint == "boundary") == (config.margin is not None), "--margin", config.margin, allowed
-    )
-    smoothed = config.label_smoothing and config.constraint != "none"
-    check(not smoothed, "--label-smoothing", config.label_smoothing, "0 with a --constraint")
-    unused = config.sft_weight is not None and not method.sft
-    check(not unused, "--sft-weight", config.sft_weight, f"nothing: {config.method} has no SFT term")
-    if method.sft == "reference" and config.sft_weight != 0:
-        allowed = f"true, or --sft-weight 0: {config.method}'s SFT term needs it"
-        check(config.reference, "--reference", config.reference, allowed)
+    unset = (c.rho, c.gamma) == (AlignConfig.rho, AlignConfig.gamma)
+    margin = "a number with --constraint boundary, and nothing without"
+    together = f"a multiple of --updates ({c.updates}), whose steps share rollouts"
+    needed = f"true, or --sft-weight 0: {c.method}'s SFT term needs it"
+    for holds, name, allowed in (
+        (c.verifier or c.reward == "outcome", "verifier", f"a PRM, with --reward {c.reward}"),
+        (unset or c.reward == "ps-grpo", "reward", "ps-grpo, with --rho or --gamma"),
+        ((c.reward, c.normalisation) != ("steps", "dr-grpo"), "reward", "another, with dr-grpo"),
+        (c.kl or not (method.reward and c.ref), "ref", "nothing, as --kl 0 loads no reference"),
+        (c.stop_at % c.updates == 0, "stop_at", together),
+        (method.constraint or c.constraint == "none", "constraint", f"none, for {c.method}"),
+        ((c.constraint == "boundary") == (c.margin is not None), "margin", margin),
+        (not c.label_smoothing or c.constraint == "none", "label_smoothing", "0 with a --constraint"),
+        (c.sft_weight is None or method.sft, "sft_weight", f"nothing: {c.method} has no SFT term"),
+        (c.reference or method.sft != "reference" or c.sft_weight == 0, "reference", needed),
+    ):
+        check(holds, "--" + name.replace("_", "-"), getattr(c, name), allowed)
     return config, method
 
 

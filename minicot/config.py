@@ -184,10 +184,12 @@ class AlignConfig(LoopConfig):
     resample: int = flag(
         "method", 0, "GRPO: rounds in which other problems replace dead groups (DAPO; 0 = none)", least=0
     )
-    reward: Literal["outcome", "ps-grpo", "mean"] = flag(
-        "method", "outcome", "GRPO: of a response; the others take --verifier, see rewards.py"
+    reward: Literal["outcome", "ps-grpo", "mean", "steps"] = flag(
+        "method",
+        "outcome",
+        "GRPO: of a response or its steps; all but outcome need --verifier, see rewards.py",
     )
-    verifier: str = flag("model", "", "GRPO: process reward model, of train.py --task prm")
+    verifier: str = flag("model", "", "GRPO: a PRM (train.py --task prm); with --reward outcome only logged")
     rho: float = flag("method", 0.3, "ps-grpo: the relative drop of step scores that costs", least=0, most=1)
     gamma: float = flag("method", 0.5, "ps-grpo: what it costs", least=0, most=1)
     mode: Literal["cot", "direct", "plain"] = flag("method", "cot", "how the responses are asked for")

@@ -104,6 +104,7 @@ class Row:
     images: tuple = ()
     step_ends: tuple = ()  # for a reward model: where in ids its head is read, and
     step_labels: tuple = ()  # whether all is right up to there
+    advantages: tuple = ()  # of GRPO, where each token of ids[n_prompt:] has its own
 
 
 def encode_row(tokenizer, problem, text, *, mode, finish="stop", ids=None, **row_fields):
@@ -339,7 +340,8 @@ class Batch:
     ids (N,T); loss_mask, pad_mask (N,T) bool (True = scored, True = a real token); group, slot (N,) the row's
     place in (B,K); rewards (B,K) float64; correct (B,K) int8 (1, 0, -1 = unknown); present (B,K) bool;
     is_reference (N,) bool; images (I,C,H,W) or None, once a group, and image_group (I,); step_ends (N,S)
-    where a reward model's head is read (-1 = no such step), step_labels (N,S) bool."""
+    where a reward model's head is read (-1 = no such step), step_labels (N,S) bool; advantages (N,T) float64
+    where tokens have their own (0 where not scored), or None."""
 
     ids: torch.Tensor
     loss_mask: torch.Tensor
@@ -355,6 +357,7 @@ class Batch:
     step_labels: torch.Tensor
     images: torch.Tensor | None = None
     image_group: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
 
     def to(self, device):
         moved = {
@@ -390,12 +393,15 @@ def collate(groups, pad_id, reader=None):
     loss_mask, pad_mask = torch.zeros(N, T, dtype=torch.bool), torch.zeros(N, T, dtype=torch.bool)
     S = max(len(row.step_ends) for row in rows)
     step_ends, step_labels = torch.full((N, S), -1), torch.zeros(N, S, dtype=torch.bool)
+    advantages = torch.zeros(N, T, dtype=torch.float64) if rows[0].advantages else None
     for n, row in enumerate(rows):
         step_ends[n, : len(row.step_ends)] = torch.tensor(row.step_ends, dtype=torch.long)
         step_labels[n, : len(row.step_labels)] = torch.tensor(row.step_labels, dtype=torch.bool)
         ids[n, : len(row.ids)] = torch.tensor(row.ids)
         pad_mask[n, : len(row.ids)] = True
         loss_mask[n, row.n_prompt : len(row.ids)] = True
+        if row.advantages:
+            advantages[n, row.n_prompt : len(row.ids)] = torch.tensor(row.advantages, dtype=torch.float64)
     group_of = torch.tensor([b for b, group in enumerate(groups) for _ in group])
     slot_of = torch.tensor([k for group in groups for k in range(len(group))])
     rewards, correct = torch.zeros(B, K, dtype=torch.float64), torch.full((B, K), -1, dtype=torch.int8)
@@ -420,6 +426,7 @@ def collate(groups, pad_id, reader=None):
         step_labels,
         torch.stack(images) if images else None,
         torch.tensor(image_group) if images else None,
+        advantages,
     )
 
 

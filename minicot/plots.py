@@ -118,6 +118,32 @@ def collapse(training, accuracy, path):
     save(fig, path)
 
 
+def over_steps(training, labels, path):
+    """{model: what `smooth` made of its log} -> a panel for each {key of the log: label}, a line a model."""
+    fig, panels = figure(3 * len(labels), 3, len(labels))
+    for axes, (key, label) in zip(panels, labels.items()):
+        for name, history in training.items():
+            axes.plot(*np.array(history[key]).reshape(-1, 2).T, label=name)
+        axes.set(xlabel="step", title=label)
+    panels[0].legend(frameon=False)
+    save(fig, path)
+
+
+def step_scores(chains, path):
+    """{title: {steps: texts, scores: of each, wrong: its first wrong step or None}} -> a bar a step."""
+    fig, panels = figure(
+        5 * len(chains), 0.8 + 0.3 * max(len(one["steps"]) for one in chains.values()), len(chains)
+    )
+    for axes, (title, one) in zip(panels, chains.items()):
+        wrong = len(one["steps"]) if one["wrong"] is None else one["wrong"]
+        colours = ["tab:green" if j < wrong else "tab:red" for j in range(len(one["steps"]))]
+        axes.barh(range(len(colours)), one["scores"], color=colours)
+        axes.set_yticks(range(len(colours)), one["steps"], fontsize=8)
+        axes.invert_yaxis()
+        axes.set(xlim=(0, 1), title=title, xlabel="score (right so far: green, by the oracle)")
+    save(fig, path)
+
+
 def best_of_n(rows, path):
     """Metrics of models, those called "<way of choosing>@<n>" -> accuracy over n, a line a way: means over
     the rows that have them."""

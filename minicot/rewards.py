@@ -8,7 +8,7 @@ Each variant is one pure function of plain numbers: `correct`, whether the outco
     ps_grpo_reward      o, less gamma where the step scores drop somewhere: a right answer by a doubtful way
     mean_reward         o + mean of p: the paper's first warning (V1). Paid for the scores themselves, a
                         policy learns to please the PRM: they rise, responses shorten, accuracy stands still
-    step_advantages     advantages a step instead of a reward: the second warning (V2), the same end
+    step_advantages     an advantage a step instead of a reward: the second warning (V2), the same end
 
 PS-GRPO asks the PRM only whether there is a drop, and only of right answers: no score can buy a reward.
 """
@@ -50,14 +50,16 @@ def step_advantages(correct, step_scores):
 
         A_ij = p_ij * norm(mean over j of p)_i + norm(o)_i,     norm(x)_i = (x_i - mean) / (std + 1e-4)
 
-    correct: K outcomes; step_scores: K lists -> K lists. norm is losses.group_advantages.
+    correct: K outcomes; step_scores: K lists -> K lists, each with one number more than it has steps: what
+    stands behind them, the answer line and EOS, has no score and gets norm(o)_i alone (our choice). norm is
+    losses.group_advantages.
     """
     for scores in step_scores:
         check_scores(scores)
     means = [sum(scores) / max(len(scores), 1) for scores in step_scores]
     table = torch.tensor([means, [float(o) for o in correct]], dtype=torch.float64)
     process, result = group_advantages(table).tolist()
-    return [[p * a + b for p in scores] for scores, a, b in zip(step_scores, process, result)]
+    return [[p * a + b for p in [*scores, 0.0]] for scores, a, b in zip(step_scores, process, result)]
 
 
 def check_scores(step_scores):

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from minicot.answers import step_ends
 from minicot.config import check
 from minicot.data import Batch, ahead, collate, encode_row, peek, schedule, seed_of
 from minicot.errors import InputError
+from minicot.rewards import outcome, step_advantages
 from minicot.sampling import encode_prompts, sample_groups
 from minicot.scoring import score
 from minicot.training import autocast
@@ -69,7 +71,7 @@ def from_policy(model, ref_model, problems, batches, steps, config, tokenizer, a
             chosen = batches[(step - 1) // config.updates]
             how = (step, config, asking, reward, judge)
             sampled, about = roll_out(model, tokenizer, problems, chosen, *how)
-            groups = [as_drawn(tokenizer, samples, config.mode) for samples in sampled]
+            groups = [as_drawn(tokenizer, samples, config) for samples in sampled]
             if config.peek and step == 1:
                 peek(tokenizer, groups[: config.peek])
             parts = [part for a in range(config.accumulate) if (part := groups[a :: config.accumulate])]
@@ -124,13 +126,25 @@ def roll_out(model, tokenizer, problems, chosen, step, config, asking, reward, j
     }
 
 
-def as_drawn(tokenizer, samples, mode):
-    """A Samples -> Rows of all its responses. Repeated and empty ones stay: they show how likely they are."""
-    asked, rows = (tokenizer, samples.problem), []
-    for r in samples.responses:
+def as_drawn(tokenizer, samples, config):
+    """A Samples -> Rows of all its responses. Repeated and empty ones stay: they show how likely they are.
+    With --reward steps each token gets its step's advantage."""
+    asked, drawn, rows = (tokenizer, samples.problem), samples.responses, []
+    if by_step := config.reward == "steps":
+        worth = step_advantages([outcome(r) for r in drawn], [r.step_scores["prm"] for r in drawn])
+    for k, r in enumerate(drawn):
         fields = dict(ids=r.ids, finish=r.finish, reward=r.reward, correct=r.correct)
-        rows.append(encode_row(*asked, r.text, mode=mode, **fields))
+        if by_step:
+            fields["advantages"] = tuple(worth[k][j] for j in step_of_token(tokenizer, r))
+        rows.append(encode_row(*asked, r.text, mode=config.mode, **fields))
     return rows
+
+
+def step_of_token(tokenizer, response):
+    """Which step, from 0, each of a response's ids belongs to, a line break to the one that it ends; what
+    stands behind the last step, the answer line and EOS, has the number of steps."""
+    starts = [len(tokenizer.decode(response.ids[:i])) for i in range(len(response.ids))]
+    return [sum(end < start for end in step_ends(response.text)) for start in starts]
 
 
 def questions(config, model, tokenizer, problems, asking):

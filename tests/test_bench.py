@@ -23,10 +23,11 @@ def test_every_row_of_steps_and_generation_runs_and_prints():
         *bench.group_row("DPO", "tiny", CPU, 1, B=2, K=2, P=6, R=5, peers=peers + TRL),
         *bench.group_row("group", "tiny", CPU, 1, B=2, K=3, P=6, R=5, peers=peers),
         *bench.generation_row("tiny", CPU, 1, prompts=2, P=6, n=2, new=3),
+        *bench.prm_row("tiny", CPU, 1, K=4, P=6, R=32),
     ]
     if TRL:
         results += bench.grpo_row("tiny", CPU, 1, B=2, K=4, P=6, new=5)
-    assert len(results) == 2 + 3 + len(TRL) + 3 + 1 + len(TRL)
+    assert len(results) == 2 + 3 + len(TRL) + 3 + 1 + 1 + len(TRL)
     for result in json.loads(json.dumps(results)):
         ratio = result["theirs"][0] / result["ours"][0]
         assert result["ratio"] == [ratio] * 3 and ratio > 0
@@ -65,6 +66,13 @@ def test_a_side_that_does_other_work_is_refused(work, peers):
     for side in peers:
         with pytest.raises(AssertionError, match=side):
             sides.check_same_work({**made, side: other[side]})
+
+
+def test_step_scores_of_another_batch_are_refused(monkeypatch):
+    plain = sides.step_logits_plain
+    monkeypatch.setattr(sides, "step_logits_plain", lambda model, batch: plain(model, batch) + 1)
+    with pytest.raises(AssertionError, match="logits 1.0e[+]00 apart"):
+        sides.prm_sides("tiny", CPU, K=4, P=6, R=32)
 
 
 def test_a_grpo_step_of_other_gradients_is_refused(monkeypatch):

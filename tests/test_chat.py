@@ -18,7 +18,8 @@ from PIL import Image
 
 from minicot.chat import KEY, SHUT_OUT, ChatError, Endpoint, Reply, describe_failures, many, picture
 from minicot.errors import InputError
-from minicot.records import read_samples
+from minicot.records import Problem, read_samples
+from minicot.synthesis import synthesise
 from minicot.toy import pictures, problems
 from tests.helpers import assert_one_line_error, finished, jsonl, script, start
 
@@ -698,6 +699,36 @@ def test_a_typed_question_is_put_to_a_server(serve, tmp_path):
 )
 def test_flags_of_servers_and_of_folders_are_told_apart(tmp_path, argv, parts):
     assert_one_line_error(script("sample.py", *argv, cwd=tmp_path), *parts)
+
+
+TEACHER = {  # a problem's number -> what the server says of it
+    0: "Step 1: 3 + 4 = 7.\n†Answer: 7",
+    1: (401, {}, b'{"error": "no such key"}'),
+    2: (429, {}, b"slow down"),
+    3: (500, {}, b"<html>oops</html>"),
+    4: (200, {}, b"<!DOCTYPE html><html></html>"),
+    5: "<html>\n<body>busy</body>\n</html>",
+    6: "I'm sorry, but I can't help with that.",
+    7: "Step 1: so 7\nStep 2: so 7\n†Answer: 7",
+    8: "Step 1: 3 + 4 = 8.\n†Answer: 8",
+    9: 5,  # it says nothing for 5 s
+}
+
+
+def test_a_teacher_that_fails_in_every_way_costs_those_problems_alone(serve, monkeypatch):
+    """A server's chains for URSA: refusals, loops, rubbish, other answers, errors of HTTP, silence."""
+    monkeypatch.setenv(KEY, SECRET)
+    number = lambda request: int(json.dumps(request.body).partition("Number ")[2][0])
+    server = serve(lambda request: TEACHER[number(request)])
+    chat = endpoint(server, tries=2, timeout=0.3)
+    problems = [Problem(f"{i}", f"Number {i}?", answer="7") for i in TEACHER]
+    made = list(synthesise(problems, "expand", chat))
+    assert [one.id for one in made if isinstance(one, Problem)] == ["0"] and len(made) == 10
+    told = describe_failures(made)
+    for reason in ("HTTP 401", "HTTP 429", "HTTP 500", "broken reply", "another answer", "ReadTimeout"):
+        assert f"1 x {reason}" in told, told
+    assert "2 x words outside the steps" in told and "1 x it goes in circles" in told
+    assert told.startswith("9 of 10 requests failed (") and SECRET not in told
 
 
 def test_ctrl_c_does_not_wait_for_a_stalled_server(serve, tmp_path):

@@ -758,7 +758,8 @@ def test_repeated_and_empty_responses_are_trained_as_often_as_they_were_drawn(po
     ids = tokenizer.encode("3") + [tokenizer.eos_id]
     drawn = [("3", ids, "stop"), ("3", ids, "stop"), ("", ids[-1:], "stop"), ("3", ids[:-1], "length")]
     responses = [Response(text, False, 0.0, ids=ids, finish=finish) for text, ids, finish in drawn]
-    rows = rollouts.as_drawn(tokenizer, Samples(Problem("1", "How many?", "3"), responses), "cot")
+    problem, config = Problem("1", "How many?", "3"), AlignConfig(method="grpo")
+    rows = rollouts.as_drawn(tokenizer, Samples(problem, responses), config)
     assert [row.ids[row.n_prompt :] for row in rows] == [
         ids,
         ids,

@@ -40,10 +40,19 @@ MAY_IMPORT = {
     "training": {"errors"},
     "runs": {"config", "errors", "tokenizer", "training", "weights"},
     "rewards": {"losses"},
-    "rollouts": {"config", "data", "errors", "sampling", "scoring", "training"},
+    "rollouts": {"answers", "config", "data", "errors", "rewards", "sampling", "scoring", "training"},
     "evaluation": {"data", "losses", "metrics", "runs", "sampling", "scoring", "sets", "training", "weights"},
 }
-RECIPES = ("aft", "llava_reasoner", "llava_verifier", "llava_diagnose", "ursa", "ursa_labels", "mme_cot")
+RECIPES = (
+    "aft",
+    "llava_reasoner",
+    "llava_verifier",
+    "llava_diagnose",
+    "ursa",
+    "ursa_labels",
+    "ursa_grpo",
+    "mme_cot",
+)
 BUDGETS = {
     "losses.py": 260,
     "model.py": 260,

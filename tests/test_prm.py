@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import align
-from minicot import verifier
+from minicot import rollouts, verifier
 from minicot.answers import split_steps, step_ends
 from minicot.config import AlignConfig
 from minicot.data import ImageReader, Row, collate, encode_judged, encode_labelled
@@ -542,9 +542,57 @@ def test_step_advantages_by_hand():
     """Means 0.8 and 0.4, outcomes 1 and 0: both norms are 1/sqrt 2 and -1/sqrt 2 (std with K - 1)."""
     a, b = step_advantages([1, 0], [[0.7, 0.9], [0.4]])
     process, result = 0.2 / (0.2 * math.sqrt(2) + 1e-4), 0.5 / (0.5 * math.sqrt(2) + 1e-4)
-    assert a == pytest.approx([0.7 * process + result, 0.9 * process + result])
-    assert b == pytest.approx([-0.4 * process - result])
-    assert step_advantages([1, 1], [[0.5], [0.5, 0.5]]) == [[0.0], [0.0, 0.0]]  # a dead group
+    assert a == pytest.approx([0.7 * process + result, 0.9 * process + result, result])
+    assert b == pytest.approx([-0.4 * process - result, -result])  # the last: what is behind the steps
+    assert step_advantages([1, 1], [[0.5], [0.5, 0.5]]) == [[0.0] * 2, [0.0] * 3]  # a dead group
+    assert step_advantages([1, 0], [[], []]) == [pytest.approx([result]), pytest.approx([-result])]
+
+
+def drawn(tokenizer, text, correct, scores, finish="stop"):
+    ids = tokenizer.encode(text) + [tokenizer.eos_id] * (finish == "stop")
+    return Response(text, correct, 0.0, finish, ids, step_scores={"prm": scores})
+
+
+def test_each_token_gets_the_advantage_of_its_step(policy):
+    """Two steps, the first of two lines, an answer line and EOS; beside it a chain that was cut off in its
+    only step."""
+    tokenizer = Tokenizer(policy)
+    whole = drawn(tokenizer, "Step 1: It is 3.\nand 4\nStep 2: So 7.\n#### 7", True, [0.7, 0.9])
+    cut = drawn(tokenizer, "Tom has 48", False, [0.4], finish="length")
+    at = rollouts.step_of_token(tokenizer, whole)
+    parts = [tokenizer.decode([i for i, j in zip(whole.ids, at) if j == step]) for step in range(3)]
+    assert parts == ["Step 1: It is 3.\nand 4\n", "Step 2: So 7.\n", "#### 7"]
+    assert at == sorted(at) and at[-1] == 2 and set(rollouts.step_of_token(tokenizer, cut)) == {0}
+    samples = Samples(Problem("1", "How many?", "7"), [whole, cut])
+    config = AlignConfig(method="grpo", reward="steps", verifier="x")
+    batch = collate([rollouts.as_drawn(tokenizer, samples, config)], tokenizer.pad_id)
+    a, b = step_advantages([1, 0], [[0.7, 0.9], [0.4]])
+    expected = [a[j] for j in at] + [b[0]] * len(cut.ids)
+    assert batch.advantages[batch.loss_mask].tolist() == pytest.approx(expected)
+    assert not batch.advantages[~batch.loss_mask].any()
+    table = align.tabulate(torch.zeros(batch.ids.shape), rollouts.Micro(batch), 1.0, True)
+    assert align.advantages(table, config) is batch.advantages
+    long = drawn(tokenizer, "Kim has 7.\n" * 60 + "#### 7", True, [0.5] * 60)
+    found = rollouts.step_of_token(tokenizer, long)
+    assert sorted(set(found)) == list(range(61)) and found == sorted(found)
+    none = drawn(tokenizer, "#### 7", True, [])  # no step: all of it has the outcome's
+    assert set(rollouts.step_of_token(tokenizer, none)) == {0}
+    plain = rollouts.as_drawn(tokenizer, samples, AlignConfig(method="grpo"))
+    assert collate([plain], tokenizer.pad_id).advantages is None
+
+
+def test_a_picture_moves_the_advantages_with_their_tokens():
+    class Reader(ImageReader):
+        def pixels(self, images):
+            return [torch.zeros(3, 2, 2) for _ in images]
+
+    advantages = [(1.0, 2.0, 3.0), (-4.0,)]
+    group = [
+        Row("p", [5, 9, 6, *range(10, 10 + len(own))], 3, images=("a",), advantages=own) for own in advantages
+    ]
+    batch = collate([group], 0, Reader(9, 4, 2, None))
+    expected = [[0.0] * 6 + [1.0, 2.0, 3.0], [0.0] * 6 + [-4.0, 0.0, 0.0]]
+    assert batch.advantages.tolist() == expected and batch.ids[0, 6:].tolist() == [10, 11, 12]
 
 
 def grpo(policy, *argv, cwd):
@@ -553,16 +601,26 @@ def grpo(policy, *argv, cwd):
     return script("align.py", *common, *argv, cwd=cwd)
 
 
-@pytest.mark.parametrize("reward", ["ps-grpo", "mean"])
+@pytest.mark.parametrize("reward", ["outcome", "ps-grpo", "mean", "steps"])
 def test_grpo_learns_from_what_the_prm_says(trained, policy, tmp_path, reward):
     done = grpo(policy, "--reward", reward, "--verifier", trained / "prm", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     log = lines(tmp_path)
     assert all(0 <= line["prm_score"] <= 1 and line["right"] == 0 for line in log)
-    if reward == "mean":  # a policy that is never right is paid for its scores alone
-        assert log[0]["reward"] == pytest.approx(log[0]["prm_score"]) and log[0]["grad_norm"] > 0
-    else:
+    if reward in ("outcome", "ps-grpo"):
         assert all(line["reward"] == line["grad_norm"] == 0 for line in log)
+    else:  # a policy that is never right is paid for its scores alone
+        assert log[0]["reward"] == pytest.approx(log[0]["prm_score"]) and log[0]["grad_norm"] > 0
+
+
+def test_a_run_with_step_advantages_resumes_with_the_same_bits(trained, policy, tmp_path):
+    argv = ["--reward", "steps", "--verifier", trained / "prm", "--steps", 4, "--updates", 2]
+    assert grpo(policy, *argv, cwd=tmp_path).returncode == 0
+    assert grpo(policy, *argv, "--out", "halves", "--stop-at", 2, cwd=tmp_path).returncode == 0
+    done = grpo(policy, *argv, "--out", "halves", "--resume", cwd=tmp_path)
+    assert done.returncode == 0 and "steps 3 to 4" in done.stdout, done.stderr
+    one, two = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "halves"))
+    assert one == two
 
 
 def test_a_right_answer_by_a_doubtful_way_is_worth_less(monkeypatch):
@@ -577,11 +635,15 @@ def test_a_right_answer_by_a_doubtful_way_is_worth_less(monkeypatch):
     "argv, parts",
     [
         (["--reward", "ps-grpo"], ["--verifier is ''", "a PRM, with --reward ps-grpo"]),
-        (["--verifier", "prm"], ["--verifier is 'prm'", "nothing, with --reward outcome"]),
+        (["--verifier", "orm"], ["--verifier is 'orm'", "a PRM, this is an orm"]),
         (["--reward", "mean", "--verifier", "orm"], ["--verifier is 'orm'", "a PRM, this is an orm"]),
         (["--reward", "mean", "--verifier", "lm"], ["is a language model", "allowed: a reward model"]),
         (["--reward", "mean", "--verifier", "prm", "--rho", 0.2], ["--reward is 'mean'", "ps-grpo"]),
         (["--reward", "ps-grpo", "--verifier", "prm", "--rho", 1.2], ["--rho is 1.2"]),
+        (
+            ["--reward", "steps", "--verifier", "prm", "--normalisation", "dr-grpo"],
+            ["--reward is 'steps'", "dr-grpo"],
+        ),
         (["--method", "aft", "--reward", "mean"], ["--reward is 'mean'", "aft does not use it"]),
         (["--init", "prm"], ["prm: is a reward model", "allowed: a language model"]),
     ],

@@ -2,13 +2,15 @@
 reward model in test_prm.py."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from minicot import plots
 from minicot.answers import split_steps
 from minicot.metrics import auroc
 from minicot.records import Problem, Response, Samples, read_samples, samples_to_row
-from minicot.recipes import ursa, ursa_labels
+from minicot.recipes import ursa, ursa_grpo, ursa_labels
 from minicot.runs import write_jsonl
 from minicot.synthesis import number_steps
 from minicot.toy import pictures
@@ -23,9 +25,13 @@ def read(path):
     return json.loads(path.read_text())
 
 
+SMALL = ["--fast", "--splits", "train", "validation", "test", "--set", "taught=40", "labelled=8"]
+SMALL += ["validation=8", "test=8"]
+
+
 def test_the_recipe_declares_what_its_claims_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ursa.E.parse(["--fast", "--set", "taught=40", "n=32"])
+    ursa.E.parse([*SMALL, "n=32"])
     ursa.declare(ursa.E)
     ursa.E.check(ursa.CLAIMS)
     models = {model.name: model for model in ursa.E.models}
@@ -119,3 +125,101 @@ def test_best_of_n_by_each_aggregate_and_its_controls(tmp_path):
     file = written(tmp_path / "ratios", Samples(Problem("p", "q", answer="1"), ratios))
     ursa.best_score(tmp_path / "score", file, seed=0)
     assert read(tmp_path / "score") == {"score": 0.0}
+
+
+def test_a_right_and_a_wrong_chain_are_drawn_step_by_step(tmp_path):
+    K = len(ROW["steps"])
+    scored = lambda text, correct: Response(text, correct, step_scores={"prm": [0.9] * K})
+    only_right = Samples(Problem("table-2-7", "q"), [])
+    both = [scored(chain(0), False), scored(chain(2), False), scored(chain(), True)]
+    file = written(tmp_path / "scored", only_right, Samples(Problem(ROW["id"], "q"), both))
+    ursa_labels.two_chains(tmp_path / "out", file, seed=0)
+    found = read(tmp_path / "out")
+    assert [one["wrong"] for one in found.values()] == [None, 2]  # not the one that goes wrong at once
+    assert all(len(one["steps"]) == len(one["scores"]) == K for one in found.values())
+    ursa_labels.two_chains(tmp_path / "none", written(tmp_path / "one", only_right), seed=0)
+    assert read(tmp_path / "none") == {}
+    plots.step_scores(found, tmp_path / "steps.svg")
+    svg = (tmp_path / "steps.svg").read_text()
+    assert "a wrong one" in svg and svg.count("#d62728") == K - 2  # a red bar a wrong step
+
+
+# ---- GRPO ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def declared(tmp_path_factory):
+    """ursa_grpo and ursa, small, below a folder of their own -> two of {name: model}."""
+    both = ursa_grpo.E, ursa.E
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("recipes"))
+        for E, recipe, sizes in zip(both, (ursa_grpo, ursa), (["asked=8", "drawn=8"], [])):
+            E.parse([*SMALL, *sizes])
+            recipe.declare(E)
+        ursa_grpo.E.check(ursa_grpo.CLAIMS)
+        yield [{model.name: model for model in E.models} for E in both]
+        for E in both:
+            E.models.clear(), E.reads.clear(), E.chosen.clear()
+
+
+def test_all_arms_start_from_ursas_models_in_ursas_folder(declared):
+    E, (models, _) = ursa_grpo.E, declared
+    arms = [models[name] for name in ursa_grpo.ARMS]
+    assert list(models) == ["sft", "prm", *ursa_grpo.ARMS]
+    assert len({repr({k: v for k, v in arm.flags.items() if k != "reward"}) for arm in arms}) == 1
+    assert all(arm.flags["init"] is models["sft"] for arm in arms)
+    assert [arm.flags["reward"] for arm in arms] == ["outcome", "ps-grpo", "mean", "steps"]
+    assert E.folder(models["sft"], 0).as_posix() == "runs/recipes/ursa-fast/sft-s10"
+    assert E.results.as_posix() == "runs/recipes/ursa_grpo-fast/results"
+    same = (ursa_grpo.SIZES.keys() & ursa.SIZES.keys()) - {"seeds", "test"}
+    assert all(ursa_grpo.SIZES[size] == ursa.SIZES[size] for size in same)  # or its models would be others
+
+
+@pytest.mark.parametrize("name", ["sft", "prm"])
+def test_both_recipes_make_the_same_start(declared, name):
+    """Word by word, in the same folders: a cell is found again only by the same command."""
+    told = []
+    for E, models in zip((ursa_grpo.E, ursa.E), declared):
+        E.chosen["prm"] = {"lr": 3e-4}
+
+        def tell(cell):
+            if not hasattr(cell, "work"):
+                return str(cell)
+            flags = {flag: tell(value) for flag, value in cell.flags.items()}
+            return str(E.folder(cell, 0)), cell.makes, [tell(part) for part in cell.work], flags
+
+        told.append(tell(models[name]))
+    assert told[0] == told[1] and told[0][0].endswith({"sft": "sft-s10", "prm": "prm-lr0.0003-s10"}[name])
+
+
+def test_the_prms_rate_is_the_one_that_ursa_chose(tmp_path):
+    E = SimpleNamespace(results=tmp_path, size=SimpleNamespace(reward_lrs=(1e-4, 3e-4, 1e-3)))
+    assert ursa_grpo.rate_of_prm(E) == 3e-4
+    cells = [{"name": "orm", "settings": {"lr": 1.0}}, {"name": "prm", "settings": {"lr": 0.5}}]
+    (tmp_path / "ursa.json").write_text(json.dumps({"cells": cells}))
+    assert ursa_grpo.rate_of_prm(E) == 0.5
+
+
+def test_habits_by_hand(tmp_path):
+    def one(correct, scores, n):
+        mean = {"prm": sum(scores) / len(scores)}
+        return Response("x", correct, ids=[7] * n, scores=mean, step_scores={"prm": scores})
+
+    steady, falling = [0.9, 0.8], [0.9, 0.6]
+    pool = [one(True, steady, 10), one(True, falling, 20), one(False, falling, 40), one(False, steady, 50)]
+    problems = [Samples(Problem("p", "q"), pool), Samples(Problem("q", "q"), pool[2:])]
+    ursa_grpo.habits(tmp_path / "out", written(tmp_path / "scored", *problems), seed=0)
+    assert read(tmp_path / "out") == {
+        "sampled": [0.5, 0.0],
+        "prm": [0.8, 0.8],
+        "length": [30.0, 45.0],
+        "drops": [[1, 2], [0, 0]],
+    }
+
+
+def test_the_figure_has_a_line_for_each_reward(tmp_path):
+    history = {key: [[1, 0.5], [2, 0.6]] for key in ursa_grpo.TRACKED}
+    training = {name: history for name in ursa_grpo.ARMS} | {"v1": history | {"prm_score": []}}
+    ursa_grpo.draw({"extra": {"training": training}}, tmp_path / "page")
+    svg = (tmp_path / "page_hacking.svg").read_text()
+    assert all(f">{name}<" in svg for name in (*ursa_grpo.ARMS, *ursa_grpo.TRACKED.values()))

@@ -91,15 +91,16 @@ def numbers(results, model, metric):
 
 
 def judge_all(results, all_claims):
-    """The claims whose cells are there, judged; a second time, as "one_rate", where models of the claim have
-    a twin "<model>@one-rate", whose learning rate was not chosen for it."""
+    """The claims whose cells are there, judged; a second time, or where a run has those alone the only time, as
+    "one_rate", where models of the claim have a twin "<model>@one-rate", whose rate was not chosen for it."""
     judged, models = [], {cell["name"] for cell in results["cells"]}
     for claim in all_claims:
         own = sides(claim)
         twins = [(twin if (twin := f"{model}@one-rate") in models else model, name) for model, name in own]
-        if found := judge_one(results, claim, own):
-            again = {"one_rate": judge_one(results, claim, twins)} if twins != own else {}
-            judged.append(claim | found | again)
+        found = judge_one(results, claim, own) or {}
+        again = judge_one(results, claim, twins) if twins != own else None
+        if found or again:
+            judged.append(claim | found | ({"one_rate": again} if again else {}))
     return judged
 
 
@@ -156,10 +157,11 @@ def tables(results, columns, pivots=()):
         rows = [(name, *(entry(results, model, f"{{{name}@{p}:.1%}}") for p in points)) for name in names]
         lines += markdown((f"{model}: {head}", *(f"n = {point}" for point in points)), rows)
     head, rows = ["claim (* primary)", "difference [95 %]", "verdict"], []
-    shown = lambda one: ["{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**one), one["verdict"]]
+    difference = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+    shown = lambda one: [difference.format(**one), one["verdict"]] if "verdict" in one else ["", ""]
     twice = any("one_rate" in claim for claim in results["claims"])
     for claim in results["claims"]:
-        again = shown(claim["one_rate"]) if "one_rate" in claim else ["", ""]
+        again = shown(claim.get("one_rate", {}))
         rows.append([f"{claim['id']}. {claim['text']}", *shown(claim), *(again if twice else ())])
     head += ["all at one rate", "verdict"] if twice else []
     lines += markdown(head, rows) if rows else []

@@ -26,13 +26,14 @@ from minicot.recipes.experiment import Experiment
 from minicot.recipes.llava_reasoner import PICTURES
 from minicot.recipes.tables import claims
 from minicot.recipes.ursa_labels import TOKENS, bel_quality, label_by_rollouts, misread, step_quality
-from minicot.recipes.ursa_labels import training_set
+from minicot.recipes.ursa_labels import training_set, two_chains
 from minicot.records import Problem, fields_of, read_samples
 from minicot.runs import write_json
 from minicot.sets import read_problems
 from minicot.synthesis import synthesise
 from minicot.toy import teacher
 from minicot.verifier import AGGREGATES, aggregate, curves
+from minicot.weights import read_json
 
 SIZES = {
     "seeds": 3,
@@ -52,9 +53,10 @@ SIZES = {
     "n": 32,  # samples that are chosen among
 }
 FAST = dict(
-    seeds=1, taught=1500, steps=60, labelled=60, k=4, validation=50, test=100, n=4, reward_lrs=(3e-4,),
+    seeds=1, taught=1500, steps=220, labelled=60, k=4, validation=50, test=100, n=4, reward_lrs=(3e-4,),
     dpo_lrs=(3e-5,),
 )  # fmt: skip
+FORM = dict(style="dagger", max_new_tokens=TOKENS)  # of the chains, drawn and graded
 SOURCES = {"prm": "both", "prm-no-bel": "mie", "prm-no-mie": "bel", "orm": "both"}
 
 # Metrics: <way>@<n>: a way of choosing among n samples: majority, the highest mean (min, last, product) of
@@ -153,24 +155,36 @@ def expanded(E):
     return [fields_of(one) for one in made if isinstance(one, Problem)]
 
 
+def solver(E, name, steps):
+    """SFT for so many steps on the chains that the teacher writes."""
+    s, rows = E.size, E.write("expanded.jsonl", expanded(E))
+    return E.model(
+        name, "train.py", "--no-group-by-length", init=E.init, data=rows, eval_split="", steps=steps, lr=s.lr,
+        batch_size=s.batch_size, save_every=0,
+    )  # fmt: skip
+
+
+def labels(E, sft):
+    """(the SFT model's chains to training problems, labelled by rollouts, misread)."""
+    drawn = E.samples("train-samples", sft, n=E.size.k, **E.problems(E.train, E.size.labelled) | FORM)
+    return drawn, E.file("bel", label_by_rollouts, drawn, sft), E.file("mie", misread, drawn)
+
+
+def reward_model(E, name, sft, bel, mie, lrs):
+    source, s = SOURCES[name], E.size
+    return E.model(
+        name, "train.py", task=name.partition("-")[0], init=sft, epochs=s.epochs, batch_size=s.batch_size,
+        save_every=0, samples=E.file(f"train-{source}", training_set, bel, mie, source), grid=dict(lr=lrs),
+    )  # fmt: skip
+
+
 def declare(E):
     s = E.size
-    rows, form = E.write("expanded.jsonl", expanded(E)), dict(style="dagger", max_new_tokens=TOKENS)
-    sft, other = (
-        E.model(
-            name, "train.py", "--no-group-by-length", init=E.init, data=rows, eval_split="", steps=steps,
-            lr=s.lr, batch_size=s.batch_size, save_every=0,
-        )
-        for name, steps in (("sft", s.steps), ("other", s.steps // 2))
-    )  # fmt: skip
-    train, apart, tested = (
-        E.problems(*part) | form
-        for part in ((E.train, s.labelled), (E.validation, s.validation), (E.test, s.test))
-    )
-    drawn = E.samples("train-samples", sft, n=s.k, **train)
+    sft, other = (solver(E, name, steps) for name, steps in (("sft", s.steps), ("other", s.steps // 2)))
+    apart, tested = (E.problems(*part) | FORM for part in ((E.validation, s.validation), (E.test, s.test)))
+    drawn, bel, mie = labels(E, sft)
     held_out = E.samples("validation-samples", sft, n=s.n, **apart)
     chains = [E.samples("test-samples", model, n=s.n, **tested) for model in (sft, other)]
-    bel, mie = E.file("bel", label_by_rollouts, drawn, sft), E.file("mie", misread, drawn)
 
     def ranks(model, **how):
         """Its rate is chosen by the best of the validation samples; it ranks those of both models."""
@@ -184,15 +198,13 @@ def declare(E):
         E.read("other", all_curves, scored[2], of=[model], take=others)
         return scored[1]
 
-    for name, source in SOURCES.items():
-        task = name.partition("-")[0]
-        model = E.model(
-            name, "train.py", task=task, init=sft, epochs=s.epochs, batch_size=s.batch_size, save_every=0,
-            samples=E.file(f"train-{source}", training_set, bel, mie, source), grid=dict(lr=s.reward_lrs),
-        )  # fmt: skip
+    for name in SOURCES:
+        model = reward_model(E, name, sft, bel, mie, s.reward_lrs)
         scored = ranks(model)
-        if task == "prm":
+        if name != "orm":
             E.read("steps", step_quality, scored, of=[model])
+        if name == "prm":
+            E.chains = E.file("chains", two_chains, scored)
     dpo = E.model(
         "dpo", "align.py", "--no-reference", init=sft, method="dpo", epochs=1, samples=drawn, save_every=0,
         probe_every=0, grid=dict(lr=s.dpo_lrs),
@@ -203,7 +215,8 @@ def declare(E):
 
 
 def extra(E):
-    return {"notes": [f"Of {E.size.taught} expansions: {E.failures or 'none is refused'}."]}
+    chains = {"chains": read_json(E.path(E.chains, 0))} if hasattr(E, "chains") else {}
+    return chains | {"notes": [f"Of {E.size.taught} expansions: {E.failures or 'none is refused'}."]}
 
 
 def draw(results, stem):
@@ -211,6 +224,8 @@ def draw(results, stem):
         rows = [cell["metrics"] for cell in results["cells"] if cell["name"] == name]
         own = [{way: value for way, value in row.items() if not way.startswith("other")} for row in rows]
         plots.best_of_n(own, f"{stem}_{name}.svg")
+    if results["extra"].get("chains"):
+        plots.step_scores(results["extra"]["chains"], f"{stem}_steps.svg")
 
 
 E = Experiment(

@@ -99,6 +99,22 @@ def step_quality(out, scored, *, seed):
     write_json(out, {"steps": steps, "first_error": first, "auroc": auroc(*zip(*sum(told, [])))})
 
 
+def two_chains(out, scored, *, seed):
+    """Of the first question of which a chain goes wrong behind its first step and another ends right, these
+    two: {title: {"steps", "scores", "wrong": its first wrong step, None in the right one}}."""
+    for samples in read_samples(scored):
+        told = [(split_steps(r.text), r.step_scores["prm"], r.correct) for r in samples.responses]
+        first = [so_far(pictures.label_steps(samples.problem.id, steps)).count(True) for steps, *_ in told]
+        right = [one for one, n in zip(told, first) if one[2] and n == len(one[0]) > 1]
+        wrong = [(*one, n) for one, n in zip(told, first) if not one[2] and 0 < n < len(one[0])]
+        if right and wrong:
+            (steps, scores, _), (others, theirs, _, n) = right[0], wrong[0]
+            found = {"a right chain": {"steps": steps, "scores": scores, "wrong": None}}
+            found["a wrong one"] = {"steps": others, "scores": theirs, "wrong": n}
+            return write_json(out, found)
+    write_json(out, {})
+
+
 def bel_quality(out, bel, model, samples, *, seed):
     """{"bel_steps", "bel_first": BEL's labels against the oracle, counts of each problem; "as_exhaustive":
     how often both searches find the same step, of 50 problems}."""

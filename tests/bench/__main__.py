@@ -36,6 +36,7 @@ from tests.bench.sides import (
     make_batch,
     make_sides,
     multiplications,
+    prm_sides,
 )
 from tests.bench.sides import our_model, step, their_model
 
@@ -178,6 +179,15 @@ def grpo_row(model, device, rounds, *, B, K, P, new):
     )
 
 
+def prm_row(model, device, rounds, *, K, P, R):
+    """A PRM's scores of the steps of K solutions to one question, beside one padded forward."""
+    seconds = in_turn(prm_sides(model, device, K=K, P=P, R=R), device, rounds)
+    shape, bounds = f"{K} solutions, P/R {P}/{R}", {"tokens": K * (P + R) / (P + K * R)}
+    about = dict(work="PRM scoring", model=model, B=1, K=K, P=P, R=R, shape=shape, bounds=bounds)
+    for result in against(seconds, K * (P + R), **about):
+        yield result | {"reached": {"tokens": result["ratio"][1] / bounds["tokens"]}}
+
+
 def memory_row(work, model, device, _rounds, *, rows, K, P, R, peers):
     """Peak memory of a step above weights and batch, each side in a process of its own."""
     lengths = [[p, [r]] for p, r in gsm8k_lengths(rows)] if P == "GSM8K" else [[P, [R] * K]] * (rows // K)
@@ -224,6 +234,7 @@ def table(device):
         for n, P in ((1, 64), (1, 256), (8, 256), (32, 256)):
             prompts = 32 if n < 32 or cuda else 4  # on a CPU a round of 32 prompts would take minutes
             rows.append((generation_row, [model], dict(prompts=prompts, P=P, n=n, new=48)))
+        rows.append((prm_row, [model], dict(K=32, P=256, R=64)))
         for P in (64, 256) if trl else []:
             rows.append((grpo_row, [model], dict(B=2 * B, K=8, P=P, new=48)))
         plain = ["plain", "transformers"]

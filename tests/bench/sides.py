@@ -5,6 +5,7 @@
     plain          score_plain(): one padded forward, all logits
     transformers   Llama or Llava, one padded forward, all logits; its own loss for SFT, else ours
     TRL            DPOTrainer.compute_loss, reference log-probabilities precomputed; GRPOTrainer
+    PRM scoring    step_logits(): the shared prompt once; padded: step_logits_plain(), one padded forward
 
 All have the same weights and the same batch on the device, and a step is forward + backward: no optimizer.
 A GRPO step is whole, as in align.py: responses drawn, scored, learnt from, AdamW.
@@ -22,9 +23,9 @@ import torch.nn.functional as F
 from minicot.data import Row, collate, to_groups
 from minicot.losses import aft_loss, better_than, dpo_loss, group_advantages, grpo_loss, sequence_logps
 from minicot.losses import sft_loss, token_logps
-from minicot.model import ModelConfig, Transformer
+from minicot.model import ModelConfig, RewardModel, Transformer
 from minicot.sampling import generate
-from minicot.scoring import chunked_logps, score, score_plain
+from minicot.scoring import chunked_logps, score, score_plain, step_logits, step_logits_plain
 from minicot.training import clip_gradients, make_optimizer
 from minicot.vision import VisionConfig, VisionLanguageConfig, VisionLanguageModel
 from minicot.weights import llava_name, save_model
@@ -287,6 +288,24 @@ def word_tokenizer(vocab_size):
     )
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t0", pad_token="t0")
+
+
+# ---- scores of a PRM -----------------------------------------------------------------------------
+
+
+def prm_sides(name, device, *, K, P, R, step=16):
+    """{side: function that scores the steps of K solutions to one question}; a step is so many tokens long.
+    Before: both have the same logits."""
+    model = RewardModel(our_model(name, device), "prm", torch.Generator().manual_seed(3)).eval()
+    batch = make_batch(name, [[P, [R] * K]], device)
+    ends = torch.arange(P + step - 1, P + R, step, device=device).expand(K, -1)
+    batch = replace(batch, step_ends=ends, step_labels=torch.ones_like(ends, dtype=torch.bool))
+    ours, padded = (
+        torch.no_grad()(lambda path=path: path(model, batch)) for path in (step_logits, step_logits_plain)
+    )
+    apart, spread = (ours() - padded()).abs().max().item(), padded().std().item()
+    assert apart <= (5e-2 if device.type == "cuda" else 1e-3) * spread, f"logits {apart:.1e} apart"
+    return {"minicot": ours, "padded": padded}
 
 
 # ---- a GRPO step ---------------------------------------------------------------------------------
