@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "mme_scoring": {"errors", "mme_judge", "repair"},
     "mme_cot": {"chat", "config", "errors", "mme_judge", "mme_scoring"},
     "metrics": {"answers"},
+    "view": {"answers", "data", "errors", "metrics", "toy", "verifier"},
     "chat": {"errors"},
     "training": {"errors"},
     "runs": {"config", "errors", "tokenizer", "training", "weights"},
@@ -49,7 +50,8 @@ MAY_IMPORT = {
 BUDGETS = {
     "losses.py": 260,
     "model.py": 260,
-    "recipes/experiment.py": 262,
+    "view.py": 150,
+    "recipes/experiment.py": 266,
     "recipes/tables.py": 140,
     "recipes/work.py": 70,
     **{
@@ -123,7 +125,7 @@ def test_files_stay_within_their_budgets():
     total = sum(map(statements, core)) + sum(
         statements(ROOT / name) for name in SCRIPTS if (ROOT / name).exists()
     )
-    assert total <= 5206, total
+    assert total <= 5363, total
     assert sum(map(statements, sources(toy))) <= 900
     assert sum(map(statements, sources(recipes))) <= 1100
 
