@@ -222,8 +222,8 @@ def pieces_of(response, spans, labels, rows, notes):
     tokens}, its tokens] of each piece."""
     text, cuts, at, tokens = response.text, [], 0, response.tokens or []
     for k, (start, end) in enumerate([*spans, (len(text), None)]):
-        cuts += [(at, None)] * bool(text[at:start].strip()) + [(start, k)] * (k < len(spans))
-        at = end
+        cuts += [(start - rest, None)] if (rest := len(text[at:start].lstrip())) else []
+        cuts, at = cuts + [(start, k)] * (k < len(spans)), end
     starts, token_scores = [start for start, _ in cuts], response.token_scores or {}
     of_tokens = {name: row for name, row in token_scores.items() if len(row) == len(tokens) > 0}
     if of_tokens.keys() != token_scores.keys():
