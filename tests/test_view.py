@@ -245,6 +245,14 @@ def browser():
         made.close()
 
 
+def expect(locator):
+    """Playwright's assertions, which wait: the fragment's change is drawn a moment later. (The page's policy
+    forbids wait_for_function, which evaluates text in the page.)"""
+    from playwright.sync_api import expect
+
+    return expect(locator)
+
+
 @pytest.fixture
 def opened(browser, tmp_path):
     """open(files, fragment, **context) -> the page as a tab, and what it said and asked for meanwhile."""
@@ -283,10 +291,11 @@ def test_it_lists_filters_sorts_searches_and_opens_by_keyboard(opened):
     tab.locator("#list li").last.scroll_into_view_if_needed()
     tab.locator("#list li:last-child a").wait_for()
     tab.get_by_role("button", name="mixed").click()
-    assert tab.locator("#count").inner_text() == "17 of 50" and "f=mixed" in tab.url
+    expect(tab.locator("#count")).to_have_text("17 of 50")
+    assert "f=mixed" in tab.url
     tab.keyboard.press("/")
     tab.keyboard.type("number 4")
-    assert tab.locator("#count").inner_text() == "5 of 50"  # 4, 40, 43, 46, 49
+    expect(tab.locator("#count")).to_have_text("5 of 50")  # 4, 40, 43, 46, 49
     tab.keyboard.press("ArrowDown")
     tab.keyboard.press("j")
     tab.keyboard.press("Enter")
@@ -299,7 +308,7 @@ def test_it_lists_filters_sorts_searches_and_opens_by_keyboard(opened):
     )
     assert tab.locator("#open img").evaluate("one => one.naturalWidth") == 64
     tab.keyboard.press("Escape")
-    tab.wait_for_function("!location.hash.includes('p=')")
+    expect(tab.locator("#open h2")).to_have_count(0)
     tab.get_by_label("Sort by").select_option("most right first")
     assert "p40" not in tab.url and "s=high" in tab.url
 
@@ -315,10 +324,14 @@ def test_a_link_opens_the_same_view_and_two_responses_beside_each_other(opened):
     tab.get_by_text("(ends)").wait_for()
     assert tab.locator("#both mark").all_inner_texts() == ["4.", "(ends)"]
     tab.get_by_role("link", name="end the comparison").click()
-    assert tab.locator("#both").count() == 0
+    expect(tab.locator("#both")).to_have_count(0)
     tab.get_by_role("button", name="compare response 2").first.click()
+    expect(tab.get_by_role("button", name="compare response 2").first).to_have_attribute(
+        "aria-pressed", "true"
+    )
     tab.get_by_role("button", name="compare response 1").last.click()
-    assert tab.url.endswith("c=0.1%2C1.0") and tab.locator("#both .card").count() == 2
+    expect(tab.locator("#both .card")).to_have_count(2)
+    assert tab.url.endswith("c=0.1%2C1.0")
     tab.goto(tab.url.partition("#")[0] + "#p=nowhere&f=__proto__&s=constructor")
     tab.get_by_text("No problem nowhere is in this page.").wait_for()
 
@@ -339,7 +352,7 @@ def test_steps_and_tokens_show_what_the_scores_saw(opened):
     assert tab.locator("#told").inner_text() == "dpo −2.000"
     assert worst.evaluate("one => getComputedStyle(one).backgroundColor") != "rgba(0, 0, 0, 0)"
     tab.keyboard.press("t")
-    tab.wait_for_function("!document.querySelector('.token')")
+    expect(tab.locator(".token")).to_have_count(0)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -373,7 +386,7 @@ def test_bad_texts_are_shown_and_never_run(opened):
     told = [Samples(asked, [Response(text, scores={"prm": math.nan}) for text in texts], error=EVIL)]
     tab = opened({EVIL: told, "b": [Samples(Problem("2", "?"), [])]})
     tab.locator("#list a").first.click()
-    tab.locator("#open .card").first.wait_for()
+    expect(tab.locator("#open .card")).to_have_count(6)
     assert tab.evaluate("window.ran") is None and tab.locator("#open img").count() == 0
     assert tab.locator("#open .question").inner_text() == EVIL
     tab.get_by_role("button", name="show all 100,000 characters").click()
