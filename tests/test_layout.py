@@ -130,6 +130,10 @@ def test_files_stay_within_their_budgets():
     assert sum(map(statements, sources(recipes))) <= 1100
 
 
+def test_the_template_can_be_read():
+    assert len((PACKAGE / "view.html").read_text().splitlines()) <= 300
+
+
 def test_lines_fit_in_a_window():
     files = [
         *sources(PACKAGE),
