@@ -7,6 +7,7 @@
     python sample.py --image picture.png "How many apples does Tom have?"        # a vision-language model
     python sample.py --verifier runs/dpo --ref runs/sft --samples runs/samples.jsonl --out runs/scored.jsonl
     python sample.py --verifier runs/prm --samples runs/samples.jsonl --out runs/scored.jsonl  # a PRM
+    python sample.py --samples runs/samples.jsonl --html page.html  # a page to read them in
     python sample.py --assess --model runs/sft --samples runs/samples.jsonl --out runs/assessed.json
     python sample.py --endpoint http://localhost:8000/v1 --model NAME --n 8 --out runs/samples.jsonl
 
@@ -44,9 +45,10 @@ from minicot.sampling import sample_groups
 from minicot.sets import TOYS, default_length, read_problems, style_of
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures
-from minicot.runs import write_json, write_jsonl
+from minicot.runs import write_json, write_jsonl, write_text
 from minicot.training import pick_device, report_unreadable, resolve, train_first, weights_digest
 from minicot.verifier import assess, curves, log_ratio_scores, reward_scores
+from minicot.view import page
 from minicot.weights import is_reward_model, load_model, read_json
 
 
@@ -301,22 +303,27 @@ def files_of(config, flag, names):
     """--out, which must be new, and the --samples that `flag` scores."""
     for name in names:
         check(getattr(config, name), f"--{name}", getattr(config, name), f"a path, with {flag}")
+    check(len(config.samples) == 1, "--samples", config.samples, f"one file, with {flag}")
     out = Path(config.out)
     check(config.overwrite or not out.exists(), "--out", config.out, "a new file, or --overwrite")
     out.parent.mkdir(parents=True, exist_ok=True)
-    return out, read_samples(config.samples)[: config.limit or None]
+    return out, read_samples(config.samples[0])[: config.limit or None]
 
 
 def by_log_ratio(config, device, folder, sampled):
-    """(name, scored Samples) of a DPO model: log pi - log pi_ref."""
-    check(config.ref, "--ref", "", "the folder that DPO started from; a reward model alone needs none")
+    """(name, scored Samples) of a DPO model: log pi - log pi_ref; for a page without a --ref, log pi."""
+    allowed = "the folder that DPO started from; a reward model alone needs none"
+    check(config.ref or config.html, "--ref", "", allowed)
     check(config.aggregate == "mean", "--aggregate", config.aggregate, "only with a reward model")
     model, tokenizer, reader = load(folder, config, device)
-    ref, its_tokenizer, _ = load(resolve(config.ref), config, device)
+    ref, its_tokenizer, _ = (
+        load(resolve(config.ref), config, device) if config.ref else (None, tokenizer, None)
+    )
     same = its_tokenizer.fingerprint == tokenizer.fingerprint
     check(same, "--ref", config.ref, "a model with the verifier's tokenizer")
-    name = "dpo-cut" if config.truncate_words else "dpo"
-    options = dict(name=name, mode=config.mode, words=config.truncate_words, tokens=config.token_scores)
+    name = ("dpo" if ref else "log p") + ("-cut" if config.truncate_words else "")
+    tokens = config.token_scores or bool(config.html)
+    options = dict(name=name, mode=config.mode, words=config.truncate_words, tokens=tokens)
     options |= dict(reader=reader, batch_size=config.batch_size)
     return name, log_ratio_scores(model, ref, tokenizer, sampled, **options)
 
@@ -335,14 +342,37 @@ def by_reward_model(config, device, folder, sampled):
     return name, reward_scores(model, tokenizer, sampled, name=name, **options)
 
 
+def scored_by(config, device, sampled):
+    """(name, scored Samples) of --verifier."""
+    folder = resolve(config.verifier)
+    return (by_reward_model if is_reward_model(folder) else by_log_ratio)(config, device, folder, sampled)
+
+
+def look(config, device):
+    """--samples, scored by --verifier where one is given -> --html, a page to read them in."""
+    out, names = Path(config.html), config.samples
+    check(out.suffix == ".html", "--html", config.html, "a path that ends in .html")
+    check(names, "--samples", names, "one or several files, with --html")
+    check(len({*names}) == len(names), "--samples", names, "each file once")
+    check(not config.out, "--out", config.out, "nothing, with --html: the page alone is written")
+    files = {name: read_samples(name)[: config.limit or None] for name in names}
+    if config.verifier:
+        everything = list(itertools.chain(*files.values()))
+        _, scored = scored_by(config, device, everything)
+        scored = iter(tqdm(scored, total=len(everything), unit="problem", disable=None))
+        files = {name: list(itertools.islice(scored, len(sampled))) for name, sampled in files.items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, page(files))
+    counts = sum(map(len, files.values())), sum(len(one.responses) for file in files.values() for one in file)
+    print("{:,} problems, {:,} responses -> {}".format(*counts, out))
+
+
 def verify(config, device):
     """Score --samples by --verifier -> --out, and show how well choosing by its scores does."""
     out, whole = files_of(config, "--verifier", ("samples", "out"))
     sampled = [samples for samples in whole if samples.responses]
     check(sampled, "--samples", config.samples, "samples with responses")
-    folder = resolve(config.verifier)
-    reward = is_reward_model(folder)
-    name, scored = (by_reward_model if reward else by_log_ratio)(config, device, folder, sampled)
+    name, scored = scored_by(config, device, sampled)
     scored = list(tqdm(scored, total=len(sampled), unit="problem", disable=None))
     of_id = {samples.problem.id: samples for samples in [*whole, *scored]}
     write_jsonl(out, map(samples_to_row, of_id.values()))
@@ -431,7 +461,17 @@ def main(config):
         check(config.model, "--model", config.model, "the name that --endpoint has for its model")
         check(config.out or not config.evaluate, "--out", "", "a file, for --evaluate with --endpoint")
         check(not (config.evaluate and config.dry_run), "--dry-run", "given", "without --evaluate")
+    used = config.html or config.verifier or config.assess
+    check(used or not config.samples, "--samples", config.samples, "only with --html, --verifier or --assess")
+    check(
+        not config.html or not (config.assess or config.evaluate),
+        "--html",
+        config.html,
+        "no --assess or --evaluate beside it",
+    )
     device = pick_device(config.device)
+    if config.html:
+        return look(config, device)
     if config.assess or config.verifier:
         return assess_samples(config, device) if config.assess else verify(config, device)
     showing = not (config.evaluate or config.out)
@@ -459,7 +499,7 @@ def main(config):
         evaluate(config, draw, problems, source)
     elif config.out:
         # what may change when sampling goes on
-        free = ("endpoint", "out", "overwrite", "limit", "batch_size", *ASKS_A_SERVER)
+        free = ("endpoint", "samples", "html", "out", "overwrite", "limit", "batch_size", *ASKS_A_SERVER)
         recorded = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
         whole = bool(config.endpoint)  # what it has answered comes from the cache
         sampled = write_samples(config.out, draw, problems, recorded | made_by, config.overwrite, whole)

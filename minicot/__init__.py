@@ -21,6 +21,7 @@ Read in this order:
     mme_cot/       MME-CoT: a cache of what judges say of a model's chains, scored as the official scripts do
     verifier.py    judging responses, by a DPO or a reward model, and choosing: best-of-n, weighted vote
     metrics.py     accuracies with intervals
+    view.py        a page to read chains in, of the template view.html
     training.py    what a training loop needs besides the loop, which stands in train.py
     runs.py        the run folder: whole files, a lock, signals, checkpoints
     rewards.py     what a response is worth to GRPO: its outcome, and what a PRM thinks of its steps

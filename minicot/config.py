@@ -225,7 +225,9 @@ class SampleConfig(Flags):
     limit: int = flag("data", 0, "use the first N problems (0 = all; 5 when only showing)", least=0)
     style: str = STYLE
     blind: bool = flag("data", False, "control: grey pictures instead of the problems' own")
-    samples: str = flag("data", "", "samples.jsonl that --verifier or --assess scores")
+    samples: tuple[str, ...] = flag(
+        "data", (), "samples.jsonl that --verifier or --assess scores, one or several that --html shows"
+    )
     model: str = flag("model", "", "model folder (default: runs/aft, else runs/sft, made if absent)")
     endpoint: str = flag(
         "model", "", "URL of an OpenAI-compatible server, whose --model is asked (its key: MINICOT_API_KEY)"
@@ -268,6 +270,7 @@ class SampleConfig(Flags):
     seed: int = flag("loop", 0, "each problem derives its own from it and its id", least=0, most=2**31)
     dry_run: bool = flag("output", False, "--endpoint: print the requests and send nothing")
     cache: str = flag("output", "runs/chat", "--endpoint: folder of replies, not asked for twice ('' = none)")
+    html: str = flag("output", "", "a page to read --samples in, scored by --verifier where it is given")
     out: str = flag("output", "", "samples (jsonl), or results with --evaluate (MODEL/results.json)")
     overwrite: bool = flag("output", False, "start --out again instead of going on with it")
 
@@ -308,6 +311,8 @@ def parse(config_class, argv=None, **choices):
         elif kind is bool:
             text = field.metadata["help"]
             section.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=text)
+        elif kind == tuple[str, ...]:
+            section.add_argument(name, nargs="+", default=default, metavar="FILE", help=text)
         elif allowed:
             section.add_argument(name, choices=tuple(allowed), default=default, help=text)
         else:

@@ -55,19 +55,20 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
+def write_text(path, text):
+    with written_beside(path) as part:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+
+
 def write_json(path, value, indent=1):
     """indent None: no blanks either."""
     separators = (",", ":") if indent is None else None
-    with written_beside(path) as part:
-        part.write_text(json.dumps(value, indent=indent, separators=separators) + "\n", encoding="utf-8")
-        os.replace(part, path)
+    write_text(path, json.dumps(value, indent=indent, separators=separators) + "\n")
 
 
 def write_jsonl(path, rows):
-    with written_beside(path) as part:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 # ---- the run folder ----------------------------------------------------------------------------------

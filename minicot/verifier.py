@@ -85,8 +85,8 @@ def values_of(function, model, tokenizer, groups, *, reader, batch_size, what="l
 
 
 def log_ratios(model, ref, tokenizer, groups, **options):
-    """Yield log pi - log pi_ref of each scored token of each Row of the groups."""
-    difference = lambda batch: (score(model, batch) - score(ref, batch), batch.loss_mask)
+    """Yield log pi - log pi_ref of each scored token of each Row of the groups; without a ref, log pi."""
+    difference = lambda batch: (score(model, batch) - (score(ref, batch) if ref else 0), batch.loss_mask)
     return values_of(difference, model, tokenizer, groups, **options)
 
 
@@ -103,10 +103,10 @@ def rows_of(tokenizer, samples, mode):
 def log_ratio_scores(
     model, ref, tokenizer, sampled, *, name, mode, words=0, tokens=False, reader=None, batch_size=64
 ):
-    """Yield the Samples with scores[name] = sum over the response of log pi(y|x) - log pi_ref(y|x); with
-    `words` over its first words alone, as DPO sees it where it is trained on truncate_words; with `tokens`
-    also `tokens`, the scored tokens as texts, and token_scores[name], the log-ratio of each. InputError where
-    token_scores are there that are of other tokens."""
+    """Yield the Samples with scores[name] = sum over the response of log pi(y|x) - log pi_ref(y|x); without a
+    ref, of log pi(y|x). With `words` over its first words alone, as DPO sees it where it is trained on
+    truncate_words; with `tokens` also `tokens`, the scored tokens as texts, and token_scores[name], the
+    log-ratio of each. InputError where token_scores are there that are of other tokens."""
     seen = truncate_words(sampled, words) if words else sampled
     groups = [rows_of(tokenizer, samples, mode) for samples in seen]
     ratios = log_ratios(model, ref, tokenizer, groups, reader=reader, batch_size=batch_size)

@@ -69,6 +69,8 @@ def test_a_recipe_of_25_lines_trains_samples_aligns_judges_and_prints(tmp_path, 
     assert results["grid"][0].keys() == {"name", "settings", "score"} and results["cell_minutes"] > 0
     page = (tmp_path / "results" / "made_up.md").read_text()
     assert page.startswith("# A paper that nobody wrote") and "| b. VFT leaves room |" in page
+    [chains] = (tmp_path / "runs").rglob("samples.html")  # of the first seed alone
+    assert (chains.parent / "samples.jsonl").is_file() and "samples/samples.jsonl</th>" in chains.read_text()
 
     exec(MADE_UP, recipe)  # a second call finds all its cells; --table makes none
     run("--jobs", "1")

@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "synthesis": {"errors", "answers", "records", "data", "sampling", "chat"},
     "mme_cot": {"chat", "config", "errors", "records"},
     "metrics": {"answers"},
+    "view": {"answers", "data", "errors", "metrics", "toy", "verifier"},
     "chat": {"errors"},
     "training": {"errors"},
     "runs": {"config", "errors", "tokenizer", "training", "weights"},
@@ -56,7 +57,8 @@ RECIPES = (
 BUDGETS = {
     "losses.py": 260,
     "model.py": 260,
-    "recipes/experiment.py": 271,
+    "view.py": 150,
+    "recipes/experiment.py": 275,
     "recipes/tables.py": 140,
     "recipes/work.py": 70,
     **{f"recipes/{name}.py": 110 for name in RECIPES},
@@ -127,10 +129,14 @@ def test_files_stay_within_their_budgets():
     total = sum(map(statements, core)) + sum(
         statements(ROOT / name) for name in SCRIPTS if (ROOT / name).exists()
     )
-    assert total <= 4530, total
+    assert total <= 4700, total
     assert sum(map(statements, sources(mme_cot))) <= 690
     assert sum(map(statements, sources(toy))) <= 900
     assert sum(map(statements, sources(recipes))) <= 1160
+
+
+def test_the_template_can_be_read():
+    assert len((PACKAGE / "view.html").read_text().splitlines()) <= 300
 
 
 def test_lines_fit_in_a_window():

@@ -38,13 +38,15 @@ from minicot.config import one_line_ends
 from minicot.errors import InputError
 from minicot.recipes.tables import judge_all, mean_of, pack, read_results, sides, tables, write_page
 from minicot.recipes.work import Worker, digest, take
-from minicot.records import fields_of
+from minicot.records import fields_of, read_samples
 from minicot.sets import TOYS, default_length, read_problems, refuse_shared
-from minicot.runs import write_json, write_jsonl
+from minicot.runs import write_json, write_jsonl, write_text
 from minicot.training import ROOT, resolve, weights_digest
+from minicot.view import page
 from minicot.weights import read_json
 
 RESULTS = ROOT / "minicot" / "recipes" / "results"
+SHOWN = 250  # problems of the page samples.html beside each samples.jsonl of the first seed
 SPLITS = ("train", "validation", "test")
 SWITCH = {"action": "store_true"}
 ARGUMENTS = {
@@ -307,6 +309,10 @@ class Experiment(Worker):
                 results = self.run(claims, columns, extra, file)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_json(file, results, indent=None)
+                for folder, (cell, _) in self.made.items():
+                    if (folder, cell.makes) == (self.folder(cell, 0), "samples.jsonl"):
+                        files = {str(folder / cell.makes): read_samples(folder / cell.makes)[:SHOWN]}
+                        write_text(folder / "samples.html", page(files))
             results = read_results(file, self.world())
             if draw:
                 draw(results, file.with_suffix(""))
@@ -360,10 +366,8 @@ class Experiment(Worker):
         for i, j in itertools.combinations(range(3), 2):
             refuse_shared(parts[i], parts[j], f"--splits: {self.args.splits[j]} of {self.args.splits[i]}")
         names = [cell.name for cell in self.models]
-        own = (
-            self.data == self.defaults["--data"]
-        )  # the data that the claims are about; others may lack cells
-        for claim, (model, metric) in ((c, side) for c in claims if own for side in sides(c)):
+        own = self.defaults["--data"]  # the data that the claims are about; others may lack cells
+        for claim, (model, metric) in ((c, side) for c in claims if self.data == own for side in sides(c)):
             takes = [wanted for _, wanted in self.reads.get(model, [])]
             if None not in takes and not {*metric.split("+")} <= {name for one in takes for name in one}:
                 raise InputError(f"claim {claim['id']} names {model}/{metric}, which no cell of this gives")
@@ -378,8 +382,8 @@ class Experiment(Worker):
         with ThreadPoolExecutor(self.args.jobs) as pool:
             try:
                 jobs = [(cell, s) for cell in self.models for s in range(self.size.seeds) if s < cell.seeds]
-                first = lambda job: None if job[0].grid or job[0].at else self.path(*job)
-                list(pool.map(first, jobs))  # what the others wait for, side by side
+                # what the others wait for, side by side
+                list(pool.map(lambda job: job[0].grid or job[0].at or self.path(*job), jobs))
                 grid = self.choose(pool)
                 cells = list(pool.map(lambda job: self.row(*job), jobs))
                 more = extra(self) if extra else {}
@@ -393,11 +397,12 @@ class Experiment(Worker):
             wanted = {name for name in cell["lists"] if name in shown or (cell["name"], name) in kept}
             cell["lists"] = {name: pack(cell["lists"][name]) for name in cell["lists"] if name in wanted}
         marks = [take(folder / "cell.json", None) for folder in self.made]
-        gpu = self.args.device == "cuda" and torch.cuda.get_device_name()
         results = {
             "command": self.line,
             "commits": sorted({mark["commit"] for mark in marks}),
-            "device": gpu or f"CPU, {self.args.jobs} jobs of one thread",
+            "device": torch.cuda.get_device_name()
+            if self.args.device == "cuda"
+            else f"CPU, {self.args.jobs} jobs of one thread",
             "minutes": round((time.perf_counter() - self.start) / 60, 1),
             "cell_minutes": round(sum(mark["minutes"] for mark in marks), 1),
             "world": self.world(),

@@ -91,8 +91,8 @@ def numbers(results, model, metric):
 
 
 def judge_all(results, all_claims):
-    """The claims whose cells are there, judged; a second time, or where a run has those alone the only time, as
-    "one_rate", where models of the claim have a twin "<model>@one-rate", whose rate was not chosen for it."""
+    """The claims whose cells are there, judged; as "one_rate" again (or, where a run has none but those, that
+    alone) where models of the claim have a twin "<model>@one-rate", whose rate was not chosen for it."""
     judged, models = [], {cell["name"] for cell in results["cells"]}
     for claim in all_claims:
         own = sides(claim)
