@@ -152,12 +152,12 @@ class AlignConfig(LoopConfig):
         LOOP["data"], "", "problems to sample and to hold out (default: toy, or none with --samples)"
     )
     split: str = changed(LOOP["split"], "train", "split to sample")
-    limit: int = changed(LOOP["limit"], 800, "problems to sample (0 = all; --samples are used whole)")
+    limit: int = changed(LOOP["limit"], 6000, "problems to sample (0 = all; --samples are used whole)")
     samples: str = flag("data", "", "samples.jsonl, or {prompt, chosen, rejected} rows (default: sample now)")
-    k: int = flag("data", 8, "responses a problem when sampling", least=2, most=10**4)
+    k: int = flag("data", 4, "responses a problem when sampling", least=2, most=10**4)
     temperature: float = flag("data", 1.0, "of the sampling", above=0)
     eval_split: str = changed(LOOP["eval_split"], "test")
-    eval_limit: int = changed(LOOP["eval_limit"], 500)
+    eval_limit: int = changed(LOOP["eval_limit"], 2000)
     probe_every: int = flag("data", 25, "steps between looks at held-out problems (0 = never)", least=0)
     probe_limit: int = flag("data", 32, "problems of such a look", least=1)
     init: str = changed(LOOP["init"], "", "model to align (default: runs/sft, made by train.py if absent)")
@@ -205,9 +205,8 @@ class AlignConfig(LoopConfig):
     truncate_words: int = flag(
         "method", 0, "train on a response's first N words, without EOS (0 = all of it)", least=0
     )
-    epochs: float = changed(LOOP["epochs"], 3.0)
     batch_size: int = changed(LOOP["batch_size"], 8, "groups a step")
-    lr: float = changed(LOOP["lr"], 3e-4, "peak learning rate")
+    lr: float = changed(LOOP["lr"], 2e-4, "peak learning rate")
     seed: int = changed(LOOP["seed"], 0, "sampling, pairs and data order")
     out: str = changed(LOOP["out"], "", "folder for all that is written (default: runs/METHOD)")
     save_every: int = changed(LOOP["save_every"], 100)

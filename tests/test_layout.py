@@ -129,10 +129,10 @@ def test_files_stay_within_their_budgets():
     total = sum(map(statements, core)) + sum(
         statements(ROOT / name) for name in SCRIPTS if (ROOT / name).exists()
     )
-    assert total <= 4700, total
+    assert total <= 4750, total
     assert sum(map(statements, sources(mme_cot))) <= 690
     assert sum(map(statements, sources(toy))) <= 900
-    assert sum(map(statements, sources(recipes))) <= 1160
+    assert sum(map(statements, sources(recipes))) <= 1250
 
 
 def test_the_template_can_be_read():
