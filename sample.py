@@ -39,6 +39,7 @@ from minicot.config import SampleConfig, check, run
 from minicot.data import IMAGE, grade_answers, image_reader, open_pictures, readable, render, seed_of
 from minicot.errors import InputError
 from minicot.metrics import accuracy, assessment, degeneration, majority_accuracy, pass_at_k
+from minicot.parallel import first, from_first, quiet, size, spread
 from minicot.records import Problem, Response, Samples, read_samples, samples_to_row
 from minicot.sampling import sample_groups
 from minicot.sets import TOYS, default_length, read_problems, style_of
@@ -192,33 +193,43 @@ def sample_server(server, problems, *, n, mode, seed, grade, limit, dry_run=Fals
 def write_samples(path, draw, problems, settings, overwrite, whole):
     """Stream draw(problems) to a JSON-lines file; problems that it holds already are not sampled again.
     Settings stand beside it in <path>.settings.json; going on with other settings or another model is
-    refused. `whole`: what draw makes is all of the file, but for problems without a response."""
-    path, beside, done = Path(path), Path(f"{path}.settings.json"), set()
-    if path.is_dir():
-        raise InputError(f"--out {path} is a folder, expected a file")
-    if path.is_file() and path.stat().st_size and not overwrite:
-        if not beside.is_file() or read_json(beside) != settings:
-            raise InputError(
-                f"--out {path} was made with other settings or another model ({beside}); "
-                "allowed: the same, --overwrite, or another file"
-            )
-        if not whole:
-            drop_unfinished_line(path)
-            done = {samples.problem.id for samples in read_samples(path)} if path.stat().st_size else set()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    refused. `whole`: what draw makes is all of the file, but for problems without a response. With torchrun
+    every rank draws and rank 0 writes."""
+    path, beside = Path(path), Path(f"{path}.settings.json")
+    done = from_first(partial(sampled_before, path, beside, settings, overwrite, whole))
     left = [problem for problem in problems if problem.id not in done]
     if not whole:
         print(f"{len(left)} problems to sample, {len(done)} are in {path} already")
     stream = iter(draw(left))
-    first = next(stream, None)  # what is there is only replaced once there is something new
+    one = next(stream, None)  # what is there is only replaced once there is something new
+    stream = itertools.chain([one] if one else [], stream)
+    if not first():
+        return list(stream)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(beside, settings)
     with open(path, "a" if done else "w", encoding="utf-8") as file:
-        sampled = itertools.chain([first] if first else [], stream)
-        for samples in tqdm(sampled, total=len(left), unit="problem", disable=None):
+        for samples in tqdm(stream, total=len(left), unit="problem", disable=None):
             if samples.responses or not whole:
                 file.write(json.dumps(samples_to_row(samples), ensure_ascii=False) + "\n")
                 file.flush()
     return read_samples(path)
+
+
+def sampled_before(path, beside, settings, overwrite, whole):
+    """Ids of the problems that the file holds; refuses one that was made in another way."""
+    if path.is_dir():
+        raise InputError(f"--out {path} is a folder, expected a file")
+    if overwrite or not (path.is_file() and path.stat().st_size):
+        return set()
+    if not beside.is_file() or read_json(beside) != settings:
+        raise InputError(
+            f"--out {path} was made with other settings or another model ({beside}); "
+            "allowed: the same, --overwrite, or another file"
+        )
+    if whole:
+        return set()
+    drop_unfinished_line(path)
+    return {samples.problem.id for samples in read_samples(path)} if path.stat().st_size else set()
 
 
 def drop_unfinished_line(path):
@@ -266,10 +277,10 @@ def evaluate(config, draw, problems, source):
     without = [problem.id for problem in problems if problem.answer is None]
     check(not without, "--evaluate", "given", f"problems with an answer ({len(without)} have none)")
     out, start = Path(config.out or source / "results.json"), time.perf_counter()
-    ours = out.suffix == ".json" and (not out.exists() or "metrics" in read_json(out))
+    ours = from_first(lambda: out.suffix == ".json" and (not out.exists() or "metrics" in read_json(out)))
     if out.exists() and not ours and not config.overwrite:
         raise InputError(f"--out {out} holds no results of sample.py; allowed: another file, --overwrite")
-    watch = lambda stream: list(tqdm(stream, total=len(problems), unit="problem", disable=None))
+    watch = lambda stream: list(tqdm(stream, total=len(problems), unit="problem", disable=quiet()))
     greedy = watch(draw(problems, n=1, temperature=0.0))
     sampled = watch(draw(problems)) if config.n > 1 else []
     metrics = summarise(greedy, sampled, config.n)
@@ -278,8 +289,9 @@ def evaluate(config, draw, problems, source):
         "correct": [int(samples.first.correct) for samples in greedy],
         "right": [[sum(r.correct for r in samples.responses), config.n] for samples in sampled],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {**about(config, source), "metrics": metrics, **lists})
+    if first():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, {**about(config, source), "metrics": metrics, **lists})
     interval = f"[{metrics['low']:.1%}, {metrics['high']:.1%}]"
     unit = "words" if config.endpoint else "tokens"
     print(
@@ -307,8 +319,8 @@ def files_of(config, flag, names):
     return out, read_samples(config.samples)[: config.limit or None]
 
 
-def by_log_ratio(config, device, folder, sampled):
-    """(name, scored Samples) of a DPO model: log pi - log pi_ref."""
+def by_log_ratio(config, device, folder):
+    """(name, a function from Samples to the same with scores) of a DPO model: log pi - log pi_ref."""
     check(config.ref, "--ref", "", "the folder that DPO started from; a reward model alone needs none")
     check(config.aggregate == "mean", "--aggregate", config.aggregate, "only with a reward model")
     model, tokenizer, reader = load(folder, config, device)
@@ -318,10 +330,10 @@ def by_log_ratio(config, device, folder, sampled):
     name = "dpo-cut" if config.truncate_words else "dpo"
     options = dict(name=name, mode=config.mode, words=config.truncate_words, tokens=config.token_scores)
     options |= dict(reader=reader, batch_size=config.batch_size)
-    return name, log_ratio_scores(model, ref, tokenizer, sampled, **options)
+    return name, partial(log_ratio_scores, model, ref, tokenizer, **options)
 
 
-def by_reward_model(config, device, folder, sampled):
+def by_reward_model(config, device, folder):
     """The same of a PRM or an ORM."""
     for flag, value in {
         "--ref": config.ref,
@@ -332,7 +344,7 @@ def by_reward_model(config, device, folder, sampled):
     model, tokenizer, reader = load(folder, config, device, reward=True)
     name = model.kind if config.aggregate == "mean" else f"{model.kind}-{config.aggregate}"
     options = dict(mode=config.mode, how=config.aggregate, reader=reader, batch_size=config.batch_size)
-    return name, reward_scores(model, tokenizer, sampled, name=name, **options)
+    return name, partial(reward_scores, model, tokenizer, name=name, **options)
 
 
 def verify(config, device):
@@ -342,10 +354,12 @@ def verify(config, device):
     check(sampled, "--samples", config.samples, "samples with responses")
     folder = resolve(config.verifier)
     reward = is_reward_model(folder)
-    name, scored = (by_reward_model if reward else by_log_ratio)(config, device, folder, sampled)
-    scored = list(tqdm(scored, total=len(sampled), unit="problem", disable=None))
+    name, judge = (by_reward_model if reward else by_log_ratio)(config, device, folder)
+    scored = spread(judge, sampled, config.batch_size)
+    scored = list(tqdm(scored, total=len(sampled), unit="problem", disable=quiet()))
     of_id = {samples.problem.id: samples for samples in [*whole, *scored]}
-    write_jsonl(out, map(samples_to_row, of_id.values()))
+    if first():
+        write_jsonl(out, map(samples_to_row, of_id.values()))
     most = min(len(samples.responses) for samples in scored)
     if all(samples.problem.answer is not None for samples in scored):
         for n, ways in curves(scored, name, sizes=[2**i for i in range(14) if 2**i <= most]).items():
@@ -431,6 +445,9 @@ def main(config):
         check(config.model, "--model", config.model, "the name that --endpoint has for its model")
         check(config.out or not config.evaluate, "--out", "", "a file, for --evaluate with --endpoint")
         check(not (config.evaluate and config.dry_run), "--dry-run", "given", "without --evaluate")
+    for flag in ("assess", "endpoint") if size() > 1 else ():
+        value = getattr(config, flag)
+        check(not value, f"--{flag}", value, "nothing with torchrun: one process does it")
     device = pick_device(config.device)
     if config.assess or config.verifier:
         return assess_samples(config, device) if config.assess else verify(config, device)
