@@ -74,6 +74,7 @@ def write_jsonl(path, rows):
 # ---- the run folder ----------------------------------------------------------------------------------
 
 PER_CALL = ("resume", "overwrite", "stop_at", "save_every", "peek")  # may differ when a run is resumed
+PER_CALL += ("shard", "checkpoint_activations")
 OURS = {
     *("settings.json", "metrics.jsonl", "eval.json", "comparison.json", "samples.jsonl", "loss.svg"),
     *("ref_logps.safetensors", "config.json", "model.safetensors", "preprocessor_config.json", *FILES),
