@@ -40,7 +40,7 @@ RUNS = {  # name -> argv; each ends in a model folder
     "aft": [*GIVEN, "--method", "aft", "--accumulate", "2"],
     "dpo": [*GIVEN, "--method", "dpo"],
     "grpo": [*GRPO, "--updates", "2", "--kl", "0.04", "--normalisation", "dapo"],
-    "pictures": ["train", *LOOP, *SEEN, "--batch-size", "3", "--steps", "2", "--max-new-tokens", "8"],
+    "pictures": ["train", *LOOP, *SEEN, "--batch-size", "3", "--lr", "2e-5", "--max-new-tokens", "8"],
 }
 SHARDED = {"sft-shard": "sft", "aft-shard": "aft", "grpo-shard": "grpo"}  # FSDP2 -> the run it has to equal
 FILES = {  # name -> argv; each ends in a file of the same bytes
