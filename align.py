@@ -33,6 +33,7 @@ from minicot.evaluation import compare, how_to_ask, keep_before, measure
 from minicot.losses import aft_loss, better_than, clipped, dpo_loss, group_advantages, grpo_loss, ipo_loss
 from minicot.losses import k3, pro_loss, rrhf_loss, sequence_logps, sft_loss
 from minicot.metrics import repeated_4grams
+from minicot.parallel import first, means, put_together, quiet, size, spread, total, wrap
 from minicot.records import read_samples, samples_to_row
 from minicot.rewards import mean_reward, outcome, ps_grpo_reward
 from minicot.rollouts import from_policy, from_samples, plan_rollouts, questions
@@ -41,7 +42,14 @@ from minicot.scoring import score
 from minicot.sets import default_length, read_problems, refuse_shared
 from minicot.tokenizer import Tokenizer
 from minicot.runs import Log, Run, check_out, load_checkpoint, write_jsonl, written_beside
-from minicot.training import autocast, clip_gradients, digest_of, make_optimizer, pick_device
+from minicot.training import (
+    autocast,
+    checkpoint_layers,
+    clip_gradients,
+    digest_of,
+    make_optimizer,
+    pick_device,
+)
 from minicot.training import refuse_non_finite, report_unreadable, resolve, set_lr, train_first, train_only
 from minicot.training import weights_digest
 from minicot.verifier import reward_scores
@@ -192,9 +200,10 @@ def sample_now(run, folder, model, tokenizer, problems, asking, device):
     with autocast(run.config, device):
         settings = dict(n=run.config.k, temperature=run.config.temperature, seed=run.config.seed, **asking)
         stream = sample_groups(model, tokenizer, problems, **settings)
-        samples = list(tqdm(stream, total=len(problems), desc="sampling", unit="problem", disable=None))
+        samples = list(tqdm(stream, total=len(problems), desc="sampling", unit="problem", disable=quiet()))
     file = run.out / "samples.jsonl"
-    write_jsonl(file, map(samples_to_row, samples))
+    if first():
+        write_jsonl(file, map(samples_to_row, samples))
     print(f"{len(samples)} problems, {run.config.k} responses each -> {file} (another run: --samples {file})")
     return samples
 
@@ -261,17 +270,23 @@ def reference_logps(run, folder, tokenizer, groups, reader, device):
                 "another --dtype; allowed: another --ref-logps file, or delete it"
             )
     else:
-        model, sums = load_model(folder, dtype=torch.float32, device=device), []
-        for start in tqdm(range(0, len(groups), config.batch_size), desc="reference", disable=None):
-            batch = collate(groups[start : start + config.batch_size], tokenizer.pad_id, reader).to(device)
-            with autocast(config, device):
-                logps = score(model, batch)
-            sums.append(sequence_logps(logps, batch.loss_mask, reduce="sum").cpu())
-        flat = torch.cat(sums)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_beside(path) as part:
-            save_file({"logps": flat}, part, metadata={"key": key})
-            os.replace(part, path)
+        model = load_model(folder, dtype=torch.float32, device=device)
+
+        def sums(parts):
+            for part in parts:
+                batch = collate(part, tokenizer.pad_id, reader).to(device)
+                with autocast(config, device):
+                    logps = score(model, batch)
+                yield sequence_logps(logps, batch.loss_mask, reduce="sum").cpu()
+
+        parts = [groups[i : i + config.batch_size] for i in range(0, len(groups), config.batch_size)]
+        done = tqdm(spread(sums, parts, 8), total=len(parts), desc="reference", disable=quiet())
+        flat = torch.cat(list(done))
+        if first():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written_beside(path) as part:
+                save_file({"logps": flat}, part, metadata={"key": key})
+                os.replace(part, path)
     return flat.split([len(group) for group in groups])
 
 
@@ -282,20 +297,17 @@ def watch(tables, method, beta):
     """Mean score of right and of wrong responses; the gap of the pairs and the share of pairs in right order,
     by what the method ranks: scores, or beta (log pi - log pi_ref). Each over all of a step's tables, None
     where there are none."""
-
-    def mean(values):
-        values = torch.cat(values)
-        return values.mean().item() if len(values) else None
-
     scores, correct = [t.scores.detach() for t in tables], [t.batch.correct for t in tables]
     ranked = [beta * (t.logps.detach() - t.ref_logps) for t in tables] if method.ref else scores
     gaps = [(s[:, :, None] - s[:, None, :])[table.better] for s, table in zip(ranked, tables)]
-    return {
-        "score_right": mean([s[c == 1] for s, c in zip(scores, correct)]),
-        "score_wrong": mean([s[c == 0] for s, c in zip(scores, correct)]),
-        "margin": mean(gaps),
-        "ranking_accuracy": mean([(gap > 0).float() for gap in gaps]),
-    }
+    return means(
+        {
+            "score_right": [s[c == 1] for s, c in zip(scores, correct)],
+            "score_wrong": [s[c == 0] for s, c in zip(scores, correct)],
+            "margin": gaps,
+            "ranking_accuracy": [gap > 0 for gap in gaps],
+        }
+    )
 
 
 @torch.no_grad()
@@ -304,16 +316,18 @@ def watch_policy(tables, config):
     as the policy was when it drew them, at temperature 1 an unbiased estimate of its entropy; the share of
     tokens that the clip has silenced; the mean k3, an estimate of the KL to the reference (None without)."""
     at = [table.batch.loss_mask for table in tables]
-    tokens = lambda values: torch.cat([x[mask] for x, mask in zip(values, at)]).float().mean().item()
+    tokens = lambda values: [x[mask] for x, mask in zip(values, at)]
     sides = [(t.token_logps, t.old_token_logps, advantages(t, config)) for t in tables]
     bounds = dict(clip_low=config.clip_low, clip_high=config.clip_high)
-    return {
-        "reward": torch.cat([t.rewards[t.present] for t in tables]).mean().item(),
-        "length": tables[0].mean_length,
+    kls = [k3(t.token_logps, t.ref_token_logps) for t in tables] if config.kl else []
+    values = {
+        "reward": [t.rewards[t.present] for t in tables],
+        "length": [mask.sum(1) for mask in at],
         "entropy": tokens([-t.old_token_logps for t in tables]),
         "clip_share": tokens([clipped(*side, **bounds) for side in sides]),
-        "kl": tokens([k3(t.token_logps, t.ref_token_logps) for t in tables]) if config.kl else None,
+        "kl": tokens(kls),
     }
+    return means(values)
 
 
 @torch.no_grad()
@@ -389,6 +403,7 @@ def load_policy(config, device):
     allowed = f"a tokenizer of at most {model.config.vocab_size} ids"
     check(tokenizer.vocab_size <= model.config.vocab_size, "--init", str(folder), allowed)
     train_only(model, config.train)
+    checkpoint_layers(model, config.checkpoint_activations)
     return folder, model, tokenizer, image_reader(model, tokenizer, folder)
 
 
@@ -451,69 +466,84 @@ def main(config):
         n_steps = config.steps or len(batches) * config.updates
         run.begin(folder, digest_of(tokenizer, groups))
         ref = reference_logps(run, folder, tokenizer, groups, reader, device) if method.ref else None
+        forward = wrap(model, score, config)
         optimizer = make_optimizer(model, config.lr, config.weight_decay)
-        first = load_checkpoint(run.out, model, optimizer) if config.resume else 0
-        log = Log(run.out / "metrics.jsonl", first)
+        done = load_checkpoint(run.out, model, optimizer) if config.resume else 0
+        log = Log(run.out / "metrics.jsonl", done)
+        plain = put_together(model, lambda: load_policy(config, device)[1])
         print(
             f"{config.method}, constraint {config.constraint}: {len(groups)} groups, "
             f"{f'{config.k} responses each' if method.reward else f'{sum(map(len, groups))} responses'}; "
-            f"left out: {counts}; steps {first + 1} to {n_steps} on {device}"
+            f"left out: {counts}; steps {done + 1} to {n_steps} on {device}"
+            f"{f', {size()} processes' if size() > 1 else ''}"
         )
-        if held_out and not first:
-            keep_before(run.out, evaluate(model))
+        if held_out and not done:
+            keep_before(run.out, evaluate(plain()))
 
         run.listen()
-        steps = range(first + 1, n_steps + 1)
+        steps = range(done + 1, n_steps + 1)
         if method.reward:
             load_ref = partial(load_model, dtype=torch.float32, device=device)
             ref_model = load_ref(resolve(config.ref or folder)) if config.kl else None
             asked = (steps, config, tokenizer, asking, reward, judge)
-            source = from_policy(model, ref_model, problems, batches, *asked)
+            source = from_policy(plain, ref_model, problems, batches, *asked)
         else:
             source = from_samples(groups, ref, batches, steps, config, tokenizer, reader)
-        progress = tqdm(steps, unit="step", disable=None)
+        progress = tqdm(steps, unit="step", disable=quiet())
         for step, (micros, about) in zip(progress, source):
             began = time.perf_counter()
             lr = set_lr(optimizer, step, n_steps, config.warmup)
             for micro in micros:
                 micro.move(device)
-            ids = [problem_id for micro in micros for problem_id in micro.batch.problem_ids]
-            n_sft = sum(int(m.batch.loss_mask[sft_rows(m.batch, method.sft)].sum()) for m in micros)
-            mean_length = torch.cat([m.batch.loss_mask.sum(1) for m in micros]).double().mean().item()
+            ours = [micro.batch for micro in micros if micro.weight]
+            ids = [problem_id for batch in ours for problem_id in batch.problem_ids]
+            n_groups, n_rows, n_scored, n_sft, n_tokens = total(
+                len(ids),
+                sum(len(batch.ids) for batch in ours),
+                *(
+                    sum(int(mask.sum()) for mask in masks)
+                    for masks in (
+                        [batch.loss_mask for batch in ours],
+                        [batch.loss_mask[sft_rows(batch, method.sft)] for batch in ours],
+                        [batch.pad_mask for batch in ours],
+                    )
+                ),
+            )
             loss, tables = 0.0, []
             for micro in micros:
                 with autocast(config, device):
-                    logps = score(model, micro.batch)
+                    logps = forward(micro.batch)
                 if micro.old_token_logps is None:  # new groups: GRPO's ratio begins at exactly 1
                     micro.old_token_logps = logps.detach()
-                table = tabulate(logps, micro, mean_length, config.reference_in_positives)
-                part = sft_term(table, method, config.sft_weight, n_sft, len(ids))
+                table = tabulate(logps, micro, n_scored / n_rows, config.reference_in_positives)
+                part = sft_term(table, method, config.sft_weight, n_sft, n_groups)
                 if method.loss:
-                    part = part + method.loss(table, config, constrained).sum() / len(ids)
-                part.backward()
-                loss += part.item()
-                tables.append(table)
+                    part = part + method.loss(table, config, constrained).sum() / n_groups
+                (part * micro.weight * size()).backward()  # the ranks' mean is taken, their sum is meant
+                loss += part.item() * micro.weight
+                tables += [table] if micro.weight else []
+            (loss,) = total(loss)
             refuse_non_finite(loss, "the loss", step, ids)
             grad_norm = clip_gradients(model, config.clip)
             refuse_non_finite(grad_norm, "the gradient norm", step, ids)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            n_tokens = sum(int(micro.batch.pad_mask.sum()) for micro in micros)
             line = about | {"train_tokens_per_s": round(n_tokens / (time.perf_counter() - began), 1)}
             line |= watch(tables, method, config.beta)
             line |= watch_policy(tables, config) if method.reward else {}
             shown = "reward" if method.reward else "ranking_accuracy"
             progress.set_postfix_str(f"loss {loss:.3f}, {shown.replace('_', ' ')} {line[shown] or 0:.0%}")
             due = config.probe_every and (step % config.probe_every == 0 or step in (1, steps[-1]))
-            if held_out and due and not run.signal:
-                line |= probe(model, tokenizer, held_out[: config.probe_limit], asking, config, device)
+            if held_out and due and not run.asked_to_stop():
+                line |= probe(plain(), tokenizer, held_out[: config.probe_limit], asking, config, device)
             log.write(step, n_tokens, loss=loss, lr=lr, grad_norm=grad_norm, **line)
             run.end_step(step, n_steps, model, optimizer, together=config.updates)
 
-        run.finish(model, tokenizer, reader, log, device)
+        trained = plain()
+        run.finish(trained, tokenizer, reader, log, device)
         if held_out:
-            compare(run.out, evaluate(model))
+            compare(run.out, evaluate(trained))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from minicot.config import SampleConfig, check, run
 from minicot.data import IMAGE, grade_answers, image_reader, open_pictures, readable, render, seed_of
 from minicot.errors import InputError
 from minicot.metrics import accuracy, assessment, degeneration, majority_accuracy, pass_at_k
+from minicot.parallel import first, from_first, quiet, size, spread
 from minicot.records import Problem, Response, Samples, read_samples, samples_to_row
 from minicot.sampling import sample_groups
 from minicot.sets import TOYS, default_length, read_problems, style_of
@@ -194,33 +195,43 @@ def sample_server(server, problems, *, n, mode, seed, grade, limit, dry_run=Fals
 def write_samples(path, draw, problems, settings, overwrite, whole):
     """Stream draw(problems) to a JSON-lines file; problems that it holds already are not sampled again.
     Settings stand beside it in <path>.settings.json; going on with other settings or another model is
-    refused. `whole`: what draw makes is all of the file, but for problems without a response."""
-    path, beside, done = Path(path), Path(f"{path}.settings.json"), set()
-    if path.is_dir():
-        raise InputError(f"--out {path} is a folder, expected a file")
-    if path.is_file() and path.stat().st_size and not overwrite:
-        if not beside.is_file() or read_json(beside) != settings:
-            raise InputError(
-                f"--out {path} was made with other settings or another model ({beside}); "
-                "allowed: the same, --overwrite, or another file"
-            )
-        if not whole:
-            drop_unfinished_line(path)
-            done = {samples.problem.id for samples in read_samples(path)} if path.stat().st_size else set()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    refused. `whole`: what draw makes is all of the file, but for problems without a response. With torchrun
+    every rank draws and rank 0 writes."""
+    path, beside = Path(path), Path(f"{path}.settings.json")
+    done = from_first(partial(sampled_before, path, beside, settings, overwrite, whole))
     left = [problem for problem in problems if problem.id not in done]
     if not whole:
         print(f"{len(left)} problems to sample, {len(done)} are in {path} already")
     stream = iter(draw(left))
-    first = next(stream, None)  # what is there is only replaced once there is something new
+    one = next(stream, None)  # what is there is only replaced once there is something new
+    stream = itertools.chain([one] if one else [], stream)
+    if not first():
+        return list(stream)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(beside, settings)
     with open(path, "a" if done else "w", encoding="utf-8") as file:
-        sampled = itertools.chain([first] if first else [], stream)
-        for samples in tqdm(sampled, total=len(left), unit="problem", disable=None):
+        for samples in tqdm(stream, total=len(left), unit="problem", disable=None):
             if samples.responses or not whole:
                 file.write(json.dumps(samples_to_row(samples), ensure_ascii=False) + "\n")
                 file.flush()
     return read_samples(path)
+
+
+def sampled_before(path, beside, settings, overwrite, whole):
+    """Ids of the problems that the file holds; refuses one that was made in another way."""
+    if path.is_dir():
+        raise InputError(f"--out {path} is a folder, expected a file")
+    if overwrite or not (path.is_file() and path.stat().st_size):
+        return set()
+    if not beside.is_file() or read_json(beside) != settings:
+        raise InputError(
+            f"--out {path} was made with other settings or another model ({beside}); "
+            "allowed: the same, --overwrite, or another file"
+        )
+    if whole:
+        return set()
+    drop_unfinished_line(path)
+    return {samples.problem.id for samples in read_samples(path)} if path.stat().st_size else set()
 
 
 def drop_unfinished_line(path):
@@ -268,10 +279,10 @@ def evaluate(config, draw, problems, source):
     without = [problem.id for problem in problems if problem.answer is None]
     check(not without, "--evaluate", "given", f"problems with an answer ({len(without)} have none)")
     out, start = Path(config.out or source / "results.json"), time.perf_counter()
-    ours = out.suffix == ".json" and (not out.exists() or "metrics" in read_json(out))
+    ours = from_first(lambda: out.suffix == ".json" and (not out.exists() or "metrics" in read_json(out)))
     if out.exists() and not ours and not config.overwrite:
         raise InputError(f"--out {out} holds no results of sample.py; allowed: another file, --overwrite")
-    watch = lambda stream: list(tqdm(stream, total=len(problems), unit="problem", disable=None))
+    watch = lambda stream: list(tqdm(stream, total=len(problems), unit="problem", disable=quiet()))
     greedy = watch(draw(problems, n=1, temperature=0.0))
     sampled = watch(draw(problems)) if config.n > 1 else []
     metrics = summarise(greedy, sampled, config.n)
@@ -280,8 +291,9 @@ def evaluate(config, draw, problems, source):
         "correct": [int(samples.first.correct) for samples in greedy],
         "right": [[sum(r.correct for r in samples.responses), config.n] for samples in sampled],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {**about(config, source), "metrics": metrics, **lists})
+    if first():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, {**about(config, source), "metrics": metrics, **lists})
     interval = f"[{metrics['low']:.1%}, {metrics['high']:.1%}]"
     unit = "words" if config.endpoint else "tokens"
     print(
@@ -310,8 +322,9 @@ def files_of(config, flag, names):
     return out, read_samples(config.samples[0])[: config.limit or None]
 
 
-def by_log_ratio(config, device, folder, sampled):
-    """(name, scored Samples) of a DPO model: log pi - log pi_ref; for a page without a --ref, log pi."""
+def by_log_ratio(config, device, folder):
+    """(name, a function from Samples to the same with scores) of a DPO model: log pi - log pi_ref; for a page
+    without a --ref, log pi."""
     allowed = "the folder that DPO started from; a reward model alone needs none"
     check(config.ref or config.html, "--ref", "", allowed)
     check(config.aggregate == "mean", "--aggregate", config.aggregate, "only with a reward model")
@@ -325,10 +338,10 @@ def by_log_ratio(config, device, folder, sampled):
     tokens = config.token_scores or bool(config.html)
     options = dict(name=name, mode=config.mode, words=config.truncate_words, tokens=tokens)
     options |= dict(reader=reader, batch_size=config.batch_size)
-    return name, log_ratio_scores(model, ref, tokenizer, sampled, **options)
+    return name, partial(log_ratio_scores, model, ref, tokenizer, **options)
 
 
-def by_reward_model(config, device, folder, sampled):
+def by_reward_model(config, device, folder):
     """The same of a PRM or an ORM."""
     for flag, value in {
         "--ref": config.ref,
@@ -339,13 +352,14 @@ def by_reward_model(config, device, folder, sampled):
     model, tokenizer, reader = load(folder, config, device, reward=True)
     name = model.kind if config.aggregate == "mean" else f"{model.kind}-{config.aggregate}"
     options = dict(mode=config.mode, how=config.aggregate, reader=reader, batch_size=config.batch_size)
-    return name, reward_scores(model, tokenizer, sampled, name=name, **options)
+    return name, partial(reward_scores, model, tokenizer, name=name, **options)
 
 
 def scored_by(config, device, sampled):
     """(name, scored Samples) of --verifier."""
     folder = resolve(config.verifier)
-    return (by_reward_model if is_reward_model(folder) else by_log_ratio)(config, device, folder, sampled)
+    name, judge = (by_reward_model if is_reward_model(folder) else by_log_ratio)(config, device, folder)
+    return name, spread(judge, sampled, config.batch_size)
 
 
 def look(config, device):
@@ -359,10 +373,11 @@ def look(config, device):
     if config.verifier:
         everything = list(itertools.chain(*files.values()))
         _, scored = scored_by(config, device, everything)
-        scored = iter(tqdm(scored, total=len(everything), unit="problem", disable=None))
+        scored = iter(tqdm(scored, total=len(everything), unit="problem", disable=quiet()))
         files = {name: list(itertools.islice(scored, len(sampled))) for name, sampled in files.items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, page(files))
+    if first():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, page(files))
     counts = sum(map(len, files.values())), sum(len(one.responses) for file in files.values() for one in file)
     print("{:,} problems, {:,} responses -> {}".format(*counts, out))
 
@@ -373,9 +388,10 @@ def verify(config, device):
     sampled = [samples for samples in whole if samples.responses]
     check(sampled, "--samples", config.samples, "samples with responses")
     name, scored = scored_by(config, device, sampled)
-    scored = list(tqdm(scored, total=len(sampled), unit="problem", disable=None))
+    scored = list(tqdm(scored, total=len(sampled), unit="problem", disable=quiet()))
     of_id = {samples.problem.id: samples for samples in [*whole, *scored]}
-    write_jsonl(out, map(samples_to_row, of_id.values()))
+    if first():
+        write_jsonl(out, map(samples_to_row, of_id.values()))
     most = min(len(samples.responses) for samples in scored)
     if all(samples.problem.answer is not None for samples in scored):
         for n, ways in curves(scored, name, sizes=[2**i for i in range(14) if 2**i <= most]).items():
@@ -463,12 +479,11 @@ def main(config):
         check(not (config.evaluate and config.dry_run), "--dry-run", "given", "without --evaluate")
     used = config.html or config.verifier or config.assess
     check(used or not config.samples, "--samples", config.samples, "only with --html, --verifier or --assess")
-    check(
-        not config.html or not (config.assess or config.evaluate),
-        "--html",
-        config.html,
-        "no --assess or --evaluate beside it",
-    )
+    beside = config.assess or config.evaluate
+    check(not (config.html and beside), "--html", config.html, "no --assess or --evaluate beside it")
+    for flag in ("assess", "endpoint") if size() > 1 else ():
+        value = getattr(config, flag)
+        check(not value, f"--{flag}", value, "nothing with torchrun: one process does it")
     device = pick_device(config.device)
     if config.html:
         return look(config, device)

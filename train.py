@@ -28,12 +28,20 @@ from minicot.data import longest_row, peek, readable, schedule, seed_of, target
 from minicot.evaluation import compare, how_to_ask, keep_before, measure, measure_steps
 from minicot.losses import prm_loss, sft_loss
 from minicot.model import RewardModel
+from minicot.parallel import first, put_together, quiet, share, size, total, wrap
 from minicot.records import read_samples
 from minicot.scoring import score, step_logits
 from minicot.sets import TOYS, read_problems, refuse_shared
 from minicot.tokenizer import Tokenizer
 from minicot.runs import Log, Run, check_out, load_checkpoint
-from minicot.training import autocast, clip_gradients, digest_of, make_optimizer, pick_device
+from minicot.training import (
+    autocast,
+    checkpoint_layers,
+    clip_gradients,
+    digest_of,
+    make_optimizer,
+    pick_device,
+)
 from minicot.training import refuse_non_finite, report_unreadable, resolve, set_lr, train_only
 from minicot.weights import attach_vision, load_model
 
@@ -42,6 +50,7 @@ def load_start(config, init, folder, device):
     """(model, tokenizer, reader of pictures or None) that --init, --tokenizer and --vision name."""
     tokenizer = Tokenizer(resolve(config.tokenizer) if config.tokenizer else folder, config.chat_template)
     model = load_model(init, dtype=torch.float32, device=device, seed=config.seed)
+    checkpoint_layers(model, config.checkpoint_activations)
     if config.vision:
         model, vision = attach_encoder(model, tokenizer, config), Path(config.vision)
         folder = vision.parent if vision.is_file() else vision
@@ -181,37 +190,44 @@ def main(config):
     held_out = graded or held_out_rows
 
     def micro_batches(step):
-        """A step's rows, and the same as batches."""
+        """A step's rows, and this rank's share of them as batches, each with its weight."""
         chosen = [rows[i] for i in batches[step - 1]]
-        micros = [part for a in range(config.accumulate) if (part := chosen[a :: config.accumulate])]
-        return chosen, [collate([[row] for row in micro], tokenizer.pad_id, reader) for micro in micros]
+        parts = share(chosen, config.accumulate)
+        return chosen, [
+            (collate([[row] for row in part], tokenizer.pad_id, reader), weight) for part, weight in parts
+        ]
 
     with Run(config, inputs) as run:
         run.begin(folder, digest_of(tokenizer, [rows, held_out_rows]))
+        forward = wrap(model, task.forward, config)
         optimizer = make_optimizer(model, config.lr, config.weight_decay, config.vision_lr)
-        first = load_checkpoint(run.out, model, optimizer) if config.resume else 0
-        log = Log(run.out / "metrics.jsonl", first)
+        done = load_checkpoint(run.out, model, optimizer) if config.resume else 0
+        log = Log(run.out / "metrics.jsonl", done)
+        plain = put_together(model, lambda: load_start(config, init, folder, device)[0])
+        on = f"{device}, {size()} processes" if size() > 1 else device
         print(
-            f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}; {len(rows):,} rows and "
+            f"{sum(p.numel() for p in model.parameters()):,} parameters on {on}; {len(rows):,} rows and "
             f"{len(held_out)} held-out {task.held_out}; left out: {left_out}; "
-            f"steps {first + 1} to {len(batches)}"
+            f"steps {done + 1} to {len(batches)}"
         )
-        if held_out and not first:
-            keep_before(run.out, evaluate(model))
+        if held_out and not done:
+            keep_before(run.out, evaluate(plain()))
 
         run.listen()
-        steps = range(first + 1, len(batches) + 1)
-        progress = tqdm(steps, unit="step", disable=None)
+        steps = range(done + 1, len(batches) + 1)
+        progress = tqdm(steps, unit="step", disable=quiet())
         for step, (chosen, parts) in zip(progress, ahead(micro_batches, steps)):
             lr = set_lr(optimizer, step, len(batches), config.warmup)
             n_target = sum(len(row.ids) - row.n_prompt for row in chosen)  # of the whole step
             loss = 0.0
-            for batch in (part.to(device) for part in parts):
+            for batch, weight in parts:
+                batch = batch.to(device)
                 with autocast(config, device):
-                    values = task.forward(model, batch)
-                part = task.loss(values, batch, config, len(chosen), n_target)
-                part.backward()
+                    values = forward(batch)
+                part = weight * task.loss(values, batch, config, len(chosen), n_target)
+                (part * size()).backward()  # the gradients of all ranks are averaged, their sum is meant
                 loss += part.item()
+            (loss,) = total(loss)
             ids = [row.problem_id for row in chosen]
             refuse_non_finite(loss, "the loss", step, ids)
             grad_norm = clip_gradients(model, config.clip)
@@ -224,10 +240,12 @@ def main(config):
             progress.set_postfix_str(f"loss {loss:.3f}, {line['tokens_per_s']:,.0f} tokens/s")
             run.end_step(step, len(batches), model, optimizer)
 
-        run.finish(model, tokenizer, reader, log, device)
-        plots.loss_curve(log.read(), run.out / "loss.svg")
+        trained = plain()
+        run.finish(trained, tokenizer, reader, log, device)
+        if first():
+            plots.loss_curve(log.read(), run.out / "loss.svg")
         if held_out:
-            compare(run.out, evaluate(model))
+            compare(run.out, evaluate(trained))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+from minicot import parallel
 from minicot.errors import InputError
 
 INSIDE = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
@@ -78,6 +79,10 @@ class LoopConfig(Flags):
     device: Literal["auto", "cpu", "cuda"] = DEVICE
     dtype: Literal["float32", "bfloat16"] = flag(
         "model", "float32", "bfloat16 = autocast; weights stay float32"
+    )
+    shard: bool = flag("model", False, "torchrun: each rank holds a part of the weights (FSDP2)")
+    checkpoint_activations: bool = flag(
+        "model", False, "keep each layer's input alone and compute it again in backward"
     )
     epochs: float = flag("loop", 1.0, "passes over the data (not used with --steps)", above=0, most=10**4)
     steps: int = flag("loop", 0, "optimizer steps (0 = as --epochs says)", least=0, most=10**6)
@@ -287,15 +292,19 @@ class Help(argparse.HelpFormatter):
 
 
 def parse(config_class, argv=None, **choices):
-    """argv (default sys.argv) -> a `config_class`; an error is one line on stderr and exit code 2. `choices`
-    names what a flag allows where only the script knows it: method=METHODS."""
+    """argv (default sys.argv) -> a `config_class`; InputError where a flag is wrong. `choices` names what a
+    flag allows where only the script knows it: method=METHODS."""
     parser = argparse.ArgumentParser(
         usage="python %(prog)s [--flag value ...]",
         description=f"{config_class.__doc__} Defaults stand in [].",
         allow_abbrev=False,
         formatter_class=Help,
     )
-    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
+
+    def refuse(message):
+        raise InputError(f"{message} (see --help)")
+
+    parser.error = refuse
     sections = {name: parser.add_argument_group(name) for name in GROUPS}
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
@@ -328,13 +337,17 @@ def check(condition, name, value, allowed):
 
 
 def run(main, config_class, argv=None, **choices):
-    """Run a script, see `one_line_ends`."""
-    with one_line_ends():
+    """Run a script, see `one_line_ends`; as one of torchrun's processes where it started this one."""
+    with parallel.joined() as say, one_line_ends(say):
         main(parse(config_class, argv, **choices))
 
 
+def to_stderr(text):
+    print(text, file=sys.stderr)
+
+
 @contextmanager
-def one_line_ends():
+def one_line_ends(say=to_stderr):
     """Within the block bad input (InputError, OSError) ends in one line and exit code 2; SIGTERM and SIGINT
     end in one line and exit code 128 + signal (in a training loop: see runs.Run). Any other exception is a
     bug of ours and keeps its traceback."""
@@ -348,11 +361,11 @@ def one_line_ends():
         yield
     except (InputError, OSError) as error:
         message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
+        say(f"error: {message}")
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
         number = signal.Signals(stop.args[0] if stop.args else signal.SIGINT)
-        print(f"ended by {number.name}", file=sys.stderr)
+        say(f"ended by {number.name}")
         raise SystemExit(128 + number) from None
     finally:
         for number, handler in before.items():

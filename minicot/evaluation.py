@@ -10,6 +10,7 @@ import torch
 from minicot.data import collate
 from minicot.losses import prm_loss
 from minicot.metrics import accuracy, paired_difference
+from minicot.parallel import first, spread
 from minicot.sampling import sample_groups
 from minicot.scoring import score, step_logits
 from minicot.sets import default_length, style_of
@@ -40,39 +41,52 @@ def how_to_ask(config, mode, reader):
 def measure(model, tokenizer, problems, rows, asking, config):
     """{"accuracy": 1 or 0 for each of the problems (they have gold answers), answered greedily, "nll": the
     mean token loss of each of the rows}."""
-    device, reader, losses = next(model.parameters()).device, asking["reader"], []
+    device, reader = next(model.parameters()).device, asking["reader"]
+
+    def nll(part):
+        for batch in by_eight(part, tokenizer, reader, device):
+            scored = zip(score(model, batch), batch.loss_mask)
+            yield from [-logps[mask].mean().item() for logps, mask in scored]
+
     with autocast(config, device):
         answered = sample_groups(model, tokenizer, problems, n=1, temperature=0.0, **asking)
         right = [int(bool(samples.first.correct)) for samples in answered]
-        for start in range(0, len(rows), 8):
-            batch = collate([[row] for row in rows[start : start + 8]], tokenizer.pad_id, reader).to(device)
-            scored = zip(score(model, batch), batch.loss_mask)
-            losses += [-logps[mask].mean().item() for logps, mask in scored]
-    return {"accuracy": right, "nll": losses}
+        return {"accuracy": right, "nll": list(spread(nll, rows, 8))}
 
 
 @torch.no_grad()
 def measure_steps(model, tokenizer, problems, rows, asking, config):
     """Of a reward model, for each of the rows: {"labels": the share of its steps whose label lies on the
     model's side of 1/2, "bce": the mean loss of its steps}. No problem is answered."""
-    reader = asking["reader"]
-    shares, losses, device = [], [], next(model.parameters()).device
-    with autocast(config, device):
-        for start in range(0, len(rows), 8):
-            batch = collate([[row] for row in rows[start : start + 8]], tokenizer.pad_id, reader).to(device)
+    device = next(model.parameters()).device
+
+    def told(part):
+        for batch in by_eight(part, tokenizer, asking["reader"], device):
             logits, there = step_logits(model, batch), batch.step_ends >= 0
-            told = (logits > 0) == batch.step_labels
-            shares += [row[mask].double().mean().item() for row, mask in zip(told, there)]
-            losses += prm_loss(logits, batch.step_labels, there, reduce="mean").tolist()
-    return {"labels": shares, "bce": losses}
+            right = (logits > 0) == batch.step_labels
+            shares = [row[mask].double().mean().item() for row, mask in zip(right, there)]
+            yield from zip(shares, prm_loss(logits, batch.step_labels, there, reduce="mean").tolist())
+
+    with autocast(config, device):
+        shares, losses = zip(*spread(told, rows, 8)) if rows else ([], [])
+    return {"labels": list(shares), "bce": list(losses)}
+
+
+def by_eight(rows, tokenizer, reader, device):
+    """Rows -> Batches of eight."""
+    for start in range(0, len(rows), 8):
+        yield collate([[row] for row in rows[start : start + 8]], tokenizer.pad_id, reader).to(device)
 
 
 def keep_before(out, before):
-    write_json(out / "eval.json", {"before": before})
+    if first():
+        write_json(out / "eval.json", {"before": before})
 
 
 def compare(out, after):
     """What `measure` found before (in eval.json) and after training, paired -> eval.json and a line each."""
+    if not first():
+        return
     before, differences = read_json(out / "eval.json")["before"], {}
     for name in (name for name in after if after[name]):
         difference, low, high = paired_difference([before[name]], [after[name]])

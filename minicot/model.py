@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -258,6 +259,8 @@ class Transformer(nn.Module):
     Weights are drawn from `generator` (or the global one); built under `torch.device("meta")` it has none.
     """
 
+    checkpoint_activations = False  # keep the layers' inputs alone; backward computes the rest again
+
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
@@ -321,8 +324,10 @@ class Transformer(nn.Module):
         cos, sin = rope_tables(self.config, positions, embeds.dtype)
         mask = attention_mask(attention, real, T, past + T, embeds.device)
         x = embeds
+        again = self.checkpoint_activations and cache is None and torch.is_grad_enabled()
         for block in self.model.layers:
-            x = block(x, cos, sin, mask, cache)
+            rest = (cos, sin, mask, cache)
+            x = checkpoint(block, x, *rest, use_reentrant=False) if again else block(x, *rest)
         if cache is not None:
             cache.length += T
         return self.model.norm(x)

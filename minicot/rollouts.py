@@ -18,6 +18,7 @@ from minicot.data import Batch, ahead, collate, encode_row, peek, schedule, seed
 from minicot.errors import InputError
 from minicot.rewards import outcome, step_advantages
 from minicot.sampling import encode_prompts, sample_groups
+from minicot.parallel import share, size, spread
 from minicot.scoring import score
 from minicot.training import autocast
 
@@ -31,6 +32,7 @@ class Micro:
     ref_logps: torch.Tensor | None = None  # (N,) sums under the reference
     ref_token_logps: torch.Tensor | None = None  # (N,T) the same of tokens
     old_token_logps: torch.Tensor | None = None  # (N,T) under the policy, at the loop's first look at them
+    weight: float = 1.0  # 0: another rank's groups, see parallel.share
 
     def move(self, device):
         self.batch = self.batch.to(device)
@@ -38,44 +40,46 @@ class Micro:
 
 
 def from_samples(groups, ref, batches, steps, config, tokenizer, reader):
-    """A source of groups: yields each step's ([Micro, ...], what to log of them).
+    """A source of groups: yields each step's ([Micro, ...], what to log of them); with torchrun this rank's.
 
     Here all groups are there before the first step, and the next step's are collated during this one. The
     loop asks for a step's groups when the step before it is done: from_policy samples them then."""
 
     def micro_batches(step):
-        chosen = batches[step - 1]
-        micros = [part for a in range(config.accumulate) if (part := chosen[a :: config.accumulate])]
         return [
             Micro(
-                collate([groups[i] for i in micro], tokenizer.pad_id, reader),
-                torch.cat([ref[i] for i in micro]) if ref else None,
+                collate([groups[i] for i in part], tokenizer.pad_id, reader),
+                torch.cat([ref[i] for i in part]) if ref else None,
+                weight=weight,
             )
-            for micro in micros
+            for part, weight in share(batches[step - 1], config.accumulate)
         ], {}
 
     return ahead(micro_batches, steps)
 
 
-def from_policy(model, ref_model, problems, batches, steps, config, tokenizer, asking, reward, judge=None):
+def from_policy(policy, ref_model, problems, batches, steps, config, tokenizer, asking, reward, judge=None):
     """The other source: a batch of problems gets --k responses each from the policy as it is, when the loop
-    asks for them, and they serve for --updates steps. ref_model: None with --kl 0.
+    asks for them, and they serve for --updates steps. policy() is the model; ref_model: None with --kl 0.
 
     A response's seed comes from --seed, the step and its problem, so that a resumed run draws the same. What
     the sampler saw of their probabilities is not used: it computes them in another order, which rounds
     otherwise, and at --temperature, while the loop trains the policy at temperature 1. The old
     log-probabilities are those that the loop itself finds before its first step on these groups."""
-    device = next(model.parameters()).device
     for step in steps:
         if (step - 1) % config.updates == 0:
             chosen = batches[(step - 1) // config.updates]
             how = (step, config, asking, reward, judge)
+            model = policy()
             sampled, about = roll_out(model, tokenizer, problems, chosen, *how)
             groups = [as_drawn(tokenizer, samples, config) for samples in sampled]
             if config.peek and step == 1:
                 peek(tokenizer, groups[: config.peek])
-            parts = [part for a in range(config.accumulate) if (part := groups[a :: config.accumulate])]
-            micros = [Micro(collate(part, tokenizer.pad_id, asking["reader"])) for part in parts]
+            device = next(model.parameters()).device
+            micros = [
+                Micro(collate(part, tokenizer.pad_id, asking["reader"]), weight=weight)
+                for part, weight in share(groups, config.accumulate)
+            ]
             for micro in micros if ref_model else []:
                 micro.move(device)
                 with torch.no_grad(), autocast(config, device):
@@ -100,7 +104,8 @@ def roll_out(model, tokenizer, problems, chosen, step, config, asking, reward, j
     for _ in range(1 + config.resample):
         with autocast(config, device):
             stream = sample_groups(model, tokenizer, [problems[i] for i in numbers], **settings)
-            for place, samples in zip(places, judge(list(stream)) if judge else stream):
+            stream = spread(judge, list(stream), -(-len(numbers) // size())) if judge else stream
+            for place, samples in zip(places, stream):
                 graded = [replace(r, reward=reward(r)) for r in samples.responses]
                 sampled[place] = replace(samples, responses=graded)
                 drawn.append(sampled[place])

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from minicot.config import handle_signals
 from minicot.errors import InputError
+from minicot.parallel import first, from_first, largest, placed, whole
 from minicot.tokenizer import FILES
 from minicot.training import mfu, weights_digest
 from minicot.weights import read_json, save_model
@@ -74,6 +75,7 @@ def write_jsonl(path, rows):
 # ---- the run folder ----------------------------------------------------------------------------------
 
 PER_CALL = ("resume", "overwrite", "stop_at", "save_every", "peek")  # may differ when a run is resumed
+PER_CALL += ("shard", "checkpoint_activations")
 OURS = {
     *("settings.json", "metrics.jsonl", "eval.json", "comparison.json", "samples.jsonl", "loss.svg"),
     *("ref_logps.safetensors", "config.json", "model.safetensors", "preprocessor_config.json", *FILES),
@@ -90,7 +92,9 @@ def ours(name):
 def check_out(config, inputs=()):
     """Refuse an --out that may not be written, before any work: an existing run needs --resume or
     --overwrite, what --overwrite replaces must not hold one of `inputs`, and no other process may be
-    writing there."""
+    writing there. With torchrun rank 0 looks."""
+    if not first():
+        return
     out, old = Path(config.out), Path(f"{config.out}.old")
     if config.resume and config.overwrite:
         raise InputError("--resume and --overwrite are both given; allowed: one of them")
@@ -147,7 +151,8 @@ class Run:
     """A run folder while this process writes into it: `with Run(config, inputs) as run:`.
 
     It is locked (lock.json: process id and host) from the first to the last line of the block, whatever ends
-    it. begin() moves what --overwrite replaces to <out>.old, where it stands until finish()."""
+    it. begin() moves what --overwrite replaces to <out>.old, where it stands until finish(). With torchrun
+    rank 0 does all that, and the others read."""
 
     def __init__(self, config, inputs=()):
         self.config, self.inputs, self.out = config, inputs, Path(config.out)
@@ -155,6 +160,10 @@ class Run:
         self.signal, self.handlers, self.begun, self.started = 0, {}, False, time.perf_counter()
 
     def __enter__(self):
+        from_first(self.lock_folder)
+        return self
+
+    def lock_folder(self):
         self.out.mkdir(parents=True, exist_ok=True)
         refuse_locked(self.lock)
         self.lock.unlink(missing_ok=True)  # a dead process's
@@ -168,10 +177,11 @@ class Run:
         except BaseException:
             self.__exit__()
             raise
-        return self
 
     def __exit__(self, *_):
         self.stop_listening()
+        if not first():
+            return
         self.lock.unlink(missing_ok=True)
         if self.out.is_dir() and not any(self.out.iterdir()):
             self.out.rmdir()
@@ -190,6 +200,8 @@ class Run:
                         f"--resume: {name} is {settings[name]!r}, the run in {self.out} has "
                         f"{before.get(name)!r}; allowed: the same settings and data"
                     )
+            return
+        if not first():
             return
         if not self.begun:
             self.make_room()
@@ -215,6 +227,11 @@ class Run:
 
         self.handlers = handle_signals(note)
 
+    def asked_to_stop(self):
+        """The signal that has come, to this rank or another (0: none); all ranks have to ask."""
+        self.signal = largest(self.signal)
+        return self.signal
+
     def stop_listening(self):
         """From here on they end the process at once, as before."""
         for number, handler in self.handlers.items():
@@ -225,9 +242,9 @@ class Run:
         """Save a checkpoint where one is due. Where the run ends here (--stop-at, SIGTERM, SIGINT), save one,
         say how to go on and exit: with code 0, or 128 + signal. `together` steps at a time share what a
         checkpoint does not hold (responses drawn from the policy): all this waits for the last of them."""
-        config, ends = self.config, self.signal or step == self.config.stop_at
         if step % together:
             return
+        config, ends = self.config, self.asked_to_stop() or step == self.config.stop_at
         if ends or (config.save_every and step % config.save_every < together and step < last):
             save_checkpoint(self.out, step, model, optimizer)
         if ends:
@@ -236,8 +253,10 @@ class Run:
             raise SystemExit(128 + self.signal if self.signal else 0)
 
     def finish(self, model, tokenizer, reader, log, device):
-        """The end of a run: save the model folder, drop what the run has replaced, report. A signal that
-        comes meanwhile waits until the model is saved."""
+        """The end of a run: save the model folder (of a model that is not sharded), drop what the run has
+        replaced, report. A signal that comes meanwhile waits until the model is saved."""
+        if not first():
+            return self.stop_listening()
         with written_beside(self.out / "model-folder", folder=True) as part:
             save_model(model, part)
             tokenizer.save(part)
@@ -256,12 +275,12 @@ class Run:
             print(f"stopped by {signal.Signals(self.signal).name}; the model is saved in {self.out}")
             raise SystemExit(128 + self.signal)
         lines = log.read()
-        first, last = ([line["loss"] for line in part] for part in (lines[:20], lines[-20:]))
+        begin, end = ([line["loss"] for line in part] for part in (lines[:20], lines[-20:]))
         speed = lines[-1]["tokens_per_s"]
         share = mfu(model, speed, device)
         print(
-            f"loss {sum(first) / len(first):.3f} -> {sum(last) / len(last):.3f} (means of the first and last "
-            f"{len(last)} steps), {speed:,.0f} tokens/s{f', MFU {share:.1%}' if share else ''}, "
+            f"loss {sum(begin) / len(begin):.3f} -> {sum(end) / len(end):.3f} (means of the first and last "
+            f"{len(end)} steps), {speed:,.0f} tokens/s{f', MFU {share:.1%}' if share else ''}, "
             f"{(time.perf_counter() - self.started) / 60:.1f} minutes -> {self.out}"
         )
 
@@ -279,13 +298,16 @@ def save_checkpoint(out, step, model, optimizer):
     names = {parameter: name for name, parameter in model.named_parameters()}
     trained = [parameter for parameter in names if parameter.requires_grad]
     state = {
-        f"{names[parameter]}.{key}": value.contiguous() if value.ndim else value.reshape(1)
+        f"{names[parameter]}.{key}": whole(value).contiguous() if value.ndim else whole(value).reshape(1)
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
+    weights = {name: whole(p.detach()).contiguous() for p, name in names.items()}
+    if not first():
+        return
     final = out / f"checkpoint-{step}"
     with written_beside(final, folder=True) as part:
-        save_file({name: p.detach().contiguous() for p, name in names.items()}, part / "weights.safetensors")
+        save_file(weights, part / "weights.safetensors")
         save_file(state, part / "optimizer.safetensors")
         untouched = [names[parameter] for parameter in trained if parameter not in optimizer.state]
         write_json(part / "state.json", {"step": step, "untouched": untouched})
@@ -316,9 +338,9 @@ def load_checkpoint(out, model, optimizer):
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+            parameter.copy_(placed(weights[name], parameter))
     for name, parameter in touched.items():
-        keys = {key: state[f"{name}.{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+        keys = {key: placed(state[f"{name}.{key}"], parameter) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": state[f"{name}.step"].reshape(()), **keys}
     return step
 
@@ -346,6 +368,8 @@ class Log:
 
     def __init__(self, path, resume_step=0):
         self.path, self.start, self.tokens = Path(path), time.perf_counter(), 0
+        if not first():
+            return
         lines = self.read() if resume_step and self.path.is_file() else []
         write_jsonl(self.path, [line for line in lines if line["step"] <= resume_step])
 
@@ -357,8 +381,9 @@ class Log:
             **values,
             "tokens_per_s": round(self.tokens / (time.perf_counter() - self.start), 1),
         }
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        if first():
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
         return line
 
     def read(self):

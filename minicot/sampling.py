@@ -15,6 +15,7 @@ import torch
 from minicot.data import grade_answers, prompt_text, seed_of
 from minicot.errors import InputError
 from minicot.model import KVCache, attend
+from minicot.parallel import spread
 from minicot.records import Response, Samples
 
 
@@ -288,6 +289,7 @@ def sample_groups(
     at a time. Each problem's seed comes from `seed` and its id, so the samples don't depend on the other
     problems. `reader` (data.image_reader) reads pictures; a problem whose picture can't be read is yielded
     without responses, its `error` saying why. It works while it is iterated: an autocast must be on then.
+    With torchrun the ranks share the problems, and each is yielded all Samples.
 
     grade: a grader, which gets a list of Samples with ungraded responses and returns them graded, in order;
     it replaces the one by final answers of `style` (data.grade_answers)."""
@@ -295,8 +297,9 @@ def sample_groups(
     window = 8 * max(1, batch_size // n)  # results come a window at a time
     room = dict(mode=mode, max_new_tokens=max_new_tokens, reader=reader)
     all_prompts = encode_prompts(model, tokenizer, problems, **room)
-    for start in range(0, len(problems), window):
-        part = range(start, min(start + window, len(problems)))
+
+    def sample_part(part):
+        """The same of some of the problems, by number."""
         images, unread, drawn = {}, {}, []
         for i in part:
             try:
@@ -323,6 +326,12 @@ def sample_groups(
         assert len(graded) == len(order), f"the grader made {len(graded)} Samples of {len(order)}"
         samples_of = unread | dict(zip(sorted(order), graded))
         yield from (samples_of[i] for i in part)
+
+    def in_windows(part):
+        for start in range(0, len(part), window):
+            yield from sample_part(part[start : start + window])
+
+    yield from spread(in_windows, range(len(problems)), window)
 
 
 def respond(tokenizer, ids):

@@ -11,16 +11,19 @@ from pathlib import Path
 import torch
 
 from minicot.errors import InputError
+from minicot.parallel import size, whole
 
 ROOT = Path(__file__).parent.parent
 PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense, from the vendor's data sheets
 
 
 def pick_device(name):
-    """auto, cpu or cuda -> torch.device; CUDA asked for and absent is an error."""
+    """auto, cpu or cuda -> torch.device, with torchrun this rank's; CUDA asked for and absent is an error."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device is cuda, but this machine has no CUDA device; allowed here: auto, cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if size() > 1 else torch.device("cuda")
 
 
 def autocast(config, device):
@@ -30,6 +33,8 @@ def autocast(config, device):
 
 def train_first(out="runs/sft"):
     """The folder that train.py leaves; where there is none, run train.py first and say so."""
+    if size() > 1 and not (Path(out) / "model.safetensors").is_file():
+        raise InputError(f"--init is not given and {out} is not there; with torchrun, run train.py before")
     if Path(out).exists() and not (Path(out) / "model.safetensors").is_file():
         raise InputError(f"{out} holds an unfinished run; allowed: python train.py --resume (or --overwrite)")
     if not Path(out).exists():
@@ -83,6 +88,11 @@ def train_only(model, part):
         raise InputError(f"--train is {part!r}, which this model does not have; allowed: language, all")
 
 
+def checkpoint_layers(model, on):
+    """--checkpoint-activations, of the language model's layers."""
+    getattr(model, "language_model", model).checkpoint_activations = on
+
+
 def make_optimizer(model, lr, weight_decay, vision_lr=None):
     """AdamW, betas (0.9, 0.95); matrices decay, norms and biases (parameters of one dimension) do not. A
     group's "peak" is its learning rate at the top of the schedule: lr, or vision_lr in the vision tower."""
@@ -105,7 +115,7 @@ def set_lr(optimizer, step, total, warmup):
 
 def clip_gradients(model, largest):
     """Scale the gradients down to a total norm of `largest` (0 = never); returns the norm before."""
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf).item()
+    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf)).item()
 
 
 def refuse_non_finite(value, what, step, problem_ids):

@@ -25,14 +25,15 @@ from tests.helpers import assert_one_line_error, script
 BASE, ROOT = resolve("toy"), Path(__file__).parent.parent
 
 
-def small_policy(folder):
+def small_policy(folder, layers=1, seed=0):
     """A small random model with the toy tokenizer, in a folder."""
+    folder.mkdir(exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (folder / name).write_bytes((BASE / name).read_bytes())
     small = dict(
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=8,
@@ -40,7 +41,7 @@ def small_policy(folder):
     save_model(
         Transformer(
             dataclasses.replace(load_model(BASE / "config.json").config, **small),
-            torch.Generator().manual_seed(0),
+            torch.Generator().manual_seed(seed),
         ),
         folder,
     )

@@ -16,7 +16,8 @@ SCRIPTS = ("train.py", "sample.py", "align.py")
 # module -> modules of the package that it may import (a mechanism knows the ones below it, never the reverse)
 MAY_IMPORT = {
     "errors": set(),
-    "config": {"errors"},
+    "parallel": set(),
+    "config": {"errors", "parallel"},
     "losses": set(),
     "model": set(),
     "tokenizer": {"errors"},
@@ -31,18 +32,39 @@ MAY_IMPORT = {
     "sets": {"errors", "records", "answers", "toy"},
     "data": {"errors", "records", "tokenizer", "answers", "images", "toy"},
     "scoring": {"model", "vision", "losses", "data"},
-    "sampling": {"errors", "model", "vision", "tokenizer", "answers", "records", "data"},
+    "sampling": {"parallel", "errors", "model", "vision", "tokenizer", "answers", "records", "data"},
     "verifier": {"errors", "model", "vision", "tokenizer", "answers", "records", "data", "losses", "scoring"},
     "synthesis": {"errors", "answers", "records", "data", "sampling", "chat"},
     "mme_cot": {"chat", "config", "errors", "records"},
     "metrics": {"answers"},
     "view": {"answers", "data", "errors", "metrics", "toy", "verifier"},
     "chat": {"errors"},
-    "training": {"errors"},
-    "runs": {"config", "errors", "tokenizer", "training", "weights"},
+    "training": {"parallel", "errors"},
+    "runs": {"parallel", "config", "errors", "tokenizer", "training", "weights"},
     "rewards": {"losses"},
-    "rollouts": {"answers", "config", "data", "errors", "rewards", "sampling", "scoring", "training"},
-    "evaluation": {"data", "losses", "metrics", "runs", "sampling", "scoring", "sets", "training", "weights"},
+    "rollouts": {
+        "parallel",
+        "answers",
+        "config",
+        "data",
+        "errors",
+        "rewards",
+        "sampling",
+        "scoring",
+        "training",
+    },
+    "evaluation": {
+        "parallel",
+        "data",
+        "losses",
+        "metrics",
+        "runs",
+        "sampling",
+        "scoring",
+        "sets",
+        "training",
+        "weights",
+    },
 }
 RECIPES = (
     "aft",
@@ -129,7 +151,7 @@ def test_files_stay_within_their_budgets():
     total = sum(map(statements, core)) + sum(
         statements(ROOT / name) for name in SCRIPTS if (ROOT / name).exists()
     )
-    assert total <= 4750, total
+    assert total <= 4950, total
     assert sum(map(statements, sources(mme_cot))) <= 690
     assert sum(map(statements, sources(toy))) <= 900
     assert sum(map(statements, sources(recipes))) <= 1250

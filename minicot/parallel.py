@@ -1,0 +1,205 @@
+"""Many processes on one run, as torchrun starts them: data parallel, by DDP or, with --shard, by FSDP2.
+
+    torchrun --standalone --nproc-per-node 8 train.py --init SmolLM2 --data gsm8k:PATH --dtype bfloat16
+
+Every process (rank) makes the same plan from the same flags, does its share of each step and learns the sums
+of all; rank 0 alone writes files and prints. Without torchrun there is one rank, and nothing communicates.
+A step's loss is a sum over its rows divided by what the whole step holds, so its gradient is the sum over the
+ranks: as DDP and FSDP2 take the mean, the loops multiply by their number before `backward`.
+
+On CUDA a rank has the GPU of its LOCAL_RANK. Collectives of CPU tensors go over gloo, of CUDA's over NCCL.
+"""
+
+import os
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+TIMEOUT = timedelta(minutes=30)  # a rank that waits longer for the others ends the run
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size():
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first():
+    """Is this the rank that writes and prints?"""
+    return rank() == 0
+
+
+def quiet():
+    """tqdm's `disable`: on rank 0 None (a bar on a terminal alone), else True."""
+    return None if first() else True
+
+
+@contextmanager
+def joined():
+    """Within the block this process is one of torchrun's; yields a function that says a last word on stderr
+    unless another rank has said its own: of what all ranks find wrong a person reads one line."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield lambda text: print(text, file=sys.stderr)
+        return
+    store, number, ranks = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    dist.init_process_group(
+        store=dist.PrefixStore("ranks", store), rank=number, world_size=ranks, timeout=TIMEOUT
+    )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    spoken = sys.stdout
+    if number:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+    def say_once(text):
+        try:
+            if store.add("said", 1) > 1:
+                return
+        except RuntimeError:  # the store went with the process that held it
+            pass
+        print(text, file=sys.stderr)
+
+    try:
+        yield say_once
+        dist.barrier()  # rank 0 may still be writing: none leaves before it is done
+        dist.destroy_process_group()
+    finally:
+        sys.stdout = spoken
+
+
+# ---- what the ranks tell each other --------------------------------------------------------------
+
+
+def total(*numbers):
+    """The sum of each over the ranks: a list of floats."""
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    if size() > 1:
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def largest(number):
+    """The largest of all ranks' integers."""
+    if size() == 1:
+        return number
+    found = torch.tensor(number)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
+
+
+def means(tables):
+    """{name: tensors} -> {name: the mean of their entries over all ranks, None where there are none}."""
+    counted = lambda parts: (sum(p.double().sum().item() for p in parts), sum(p.numel() for p in parts))
+    sums = total(*(number for parts in tables.values() for number in counted(parts)))
+    return {name: s / n if n else None for name, s, n in zip(tables, sums[::2], sums[1::2])}
+
+
+def from_first(work):
+    """What work() returns on rank 0, on every rank."""
+    if size() == 1:
+        return work()
+    found = [work() if first() else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def spread(work, items, chunk):
+    """Yield what work(items) yields, one result an item: the ranks work on `chunk` items each at a time, and
+    every rank gets all results in the order of the items."""
+    if size() == 1:
+        yield from work(items)
+        return
+    chunk = min(chunk, -(-len(items) // size())) or 1
+    for start in range(0, len(items), chunk * size()):
+        mine, parts = items[start + rank() * chunk :][:chunk], [None] * size()
+        dist.all_gather_object(parts, list(work(mine)) if mine else [])
+        for part in parts:
+            yield from part
+
+
+def share(items, parts):
+    """This rank's items of a step in at most `parts` micro-batches: [(items, weight), ...], as many on every
+    rank. Where a rank has too few, it works on another's for the sake of the collectives, with weight 0."""
+    own, n = items[rank() :: size()], min(parts, -(-len(items) // size()))
+    return [(part, 1.0) if (part := own[a::n]) else (items[:1], 0.0) for a in range(n)]
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+class Parallel(nn.Module):
+    """A model's forward pass as one module, which is what DDP and FSDP2 wrap."""
+
+    def __init__(self, model, forward):
+        super().__init__()
+        self.trained, self.read = model, forward
+
+    def forward(self, batch):
+        return self.read(self.trained, batch)
+
+
+def wrap(model, forward, config):
+    """forward(model, batch) as a function of the batch, whose backward leaves the mean over the ranks in the
+    gradients. --shard cuts the model's parameters in place: each rank holds a part of each."""
+    if size() == 1:
+        return lambda batch: forward(model, batch)
+    module = Parallel(model, forward)
+    if not config.shard:
+        where = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
+        return DistributedDataParallel(module, device_ids=where, find_unused_parameters=sees(model))
+    narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = narrow if config.dtype == "bfloat16" else MixedPrecisionPolicy()
+    mesh = dist.init_device_mesh(next(model.parameters()).device.type, (size(),))
+    for block in language_of(model).layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def sees(model):
+    """Has it a picture encoder? A batch without pictures then leaves parameters without a gradient."""
+    return hasattr(model, "vision_tower")
+
+
+def language_of(model):
+    """The ModuleDict of embed_tokens, layers and norm."""
+    return getattr(model, "language_model", model).model
+
+
+def whole(tensor):
+    """A tensor of which every rank holds a part, put together (a collective); others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def placed(tensor, like):
+    """A whole tensor, cut as `like` is."""
+    if not isinstance(like, DTensor):
+        return tensor.to(like.device)
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def put_together(model, load):
+    """A function that gives the model as a plain one, which can generate and be saved: the model itself, or,
+    where it is sharded, a copy (`load` makes one like it) with the weights of the moment."""
+    if not isinstance(next(model.parameters()), DTensor):
+        return lambda: model
+    copy = []
+
+    @torch.no_grad()
+    def plain():
+        if not copy:
+            copy.append(load())
+        for mine, part in zip(copy[0].parameters(), model.parameters(), strict=True):
+            mine.copy_(whole(part))
+        return copy[0]
+
+    return plain
