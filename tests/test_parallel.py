@@ -117,6 +117,8 @@ def assert_same_run(a, b):
     weights = [load_file(folder / "model.safetensors") for folder in (a, b)]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
+        if name.endswith("k_proj.bias"):
+            continue  # softmax cancels it: its gradient is rounding, which Adam makes a step of
         torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
