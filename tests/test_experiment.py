@@ -592,7 +592,7 @@ def test_results_of_another_base_or_other_problems_are_of_another_world(toy, mon
 
 # ---- what is committed ---------------------------------------------------------------------------
 
-RECIPES = {"aft_main": aft, "llava_reasoner": llava_reasoner}
+RECIPES = {"aft_main": aft, "aft_all": aft, "llava_reasoner": llava_reasoner}
 
 
 @pytest.mark.parametrize("recipe", [aft, llava_reasoner, llava_verifier, mme_cot, ursa])
