@@ -53,7 +53,7 @@ SIZES = {
     "n": 32,  # samples that are chosen among
 }
 FAST = dict(
-    seeds=1, taught=1500, steps=60, labelled=60, k=4, validation=50, test=100, n=4, reward_lrs=(3e-4,),
+    seeds=1, taught=1500, steps=220, labelled=60, k=4, validation=50, test=100, n=4, reward_lrs=(3e-4,),
     dpo_lrs=(3e-5,),
 )  # fmt: skip
 FORM = dict(style="dagger", max_new_tokens=TOKENS)  # of the chains, drawn and graded
