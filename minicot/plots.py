@@ -140,7 +140,7 @@ def step_scores(chains, path):
         axes.barh(range(len(colours)), one["scores"], color=colours)
         axes.set_yticks(range(len(colours)), one["steps"], fontsize=8)
         axes.invert_yaxis()
-        axes.set(xlim=(0, 1), title=title, xlabel="score (right so far: green, by the oracle)")
+        axes.set(xlim=(0, 1), title=title, xlabel="green: right so far")
     save(fig, path)
 
 

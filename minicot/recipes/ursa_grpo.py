@@ -29,7 +29,7 @@ from minicot.weights import read_json
 SIZES = SIZES | {
     "seeds": 2,
     "asked": 1600,  # training problems, behind those of SFT
-    "grpo_steps": 200,
+    "grpo_steps": 150,
     "questions": 8,  # a step
     "responses": 8,  # to each
     "kl": 0.003,
