@@ -41,7 +41,7 @@ def curve(name, folder):
     script_name, *argv = RUNS[name]
     if script_name == "align.py":
         samples(folder / "samples.jsonl")
-        argv += ["--init", "toy", "--samples", "samples.jsonl", "--batch-size", 4]
+        argv += ["--init", "toy", "--samples", "samples.jsonl", "--batch-size", 4, "--lr", 3e-4]
     done = script(script_name, *argv, *COMMON, cwd=folder)
     assert done.returncode == 0, done.stderr
     lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
