@@ -33,7 +33,7 @@ from minicot.evaluation import compare, how_to_ask, keep_before, measure
 from minicot.losses import aft_loss, better_than, clipped, dpo_loss, group_advantages, grpo_loss, ipo_loss
 from minicot.losses import k3, pro_loss, rrhf_loss, sequence_logps, sft_loss
 from minicot.metrics import repeated_4grams
-from minicot.parallel import first, means, put_together, quiet, size, spread, total, wrap
+from minicot.parallel import first, means, put_together, quiet, said, size, spread, total, wrap
 from minicot.records import read_samples, samples_to_row
 from minicot.rewards import mean_reward, outcome, ps_grpo_reward
 from minicot.rollouts import from_policy, from_samples, plan_rollouts, questions
@@ -42,16 +42,9 @@ from minicot.scoring import score
 from minicot.sets import default_length, read_problems, refuse_shared
 from minicot.tokenizer import Tokenizer
 from minicot.runs import Log, Run, check_out, load_checkpoint, write_jsonl, written_beside
-from minicot.training import (
-    autocast,
-    checkpoint_layers,
-    clip_gradients,
-    digest_of,
-    make_optimizer,
-    pick_device,
-)
-from minicot.training import refuse_non_finite, report_unreadable, resolve, set_lr, train_first, train_only
-from minicot.training import weights_digest
+from minicot.training import autocast, checkpoint_layers, clip_gradients, digest_of, make_optimizer
+from minicot.training import pick_device, refuse_non_finite, report_unreadable, resolve, set_lr, train_first
+from minicot.training import train_only, weights_digest
 from minicot.verifier import reward_scores
 from minicot.weights import load_model
 
@@ -176,6 +169,21 @@ def sft_rows(batch, which):
     return torch.zeros_like(batch.is_reference)
 
 
+def count(batches, method):
+    """Of a step's batches on all ranks: groups, rows, scored tokens, those of the SFT term, all tokens."""
+    counts = [
+        (
+            len(batch.problem_ids),
+            len(batch.ids),
+            int(batch.loss_mask.sum()),
+            int(batch.loss_mask[sft_rows(batch, method.sft)].sum()),
+            int(batch.pad_mask.sum()),
+        )
+        for batch in batches
+    ]
+    return total(*(sum(one[i] for one in counts) for i in range(5)))
+
+
 def sft_term(table, method, weight, n_tokens, n_groups):
     """The SFT term of a micro-batch; n_tokens, n_groups count the whole step's. weight None: the paper's."""
     batch, logps = table.batch, table.token_logps
@@ -202,8 +210,7 @@ def sample_now(run, folder, model, tokenizer, problems, asking, device):
         stream = sample_groups(model, tokenizer, problems, **settings)
         samples = list(tqdm(stream, total=len(problems), desc="sampling", unit="problem", disable=quiet()))
     file = run.out / "samples.jsonl"
-    if first():
-        write_jsonl(file, map(samples_to_row, samples))
+    write_jsonl(file, map(samples_to_row, samples))
     print(f"{len(samples)} problems, {run.config.k} responses each -> {file} (another run: --samples {file})")
     return samples
 
@@ -474,8 +481,7 @@ def main(config):
         print(
             f"{config.method}, constraint {config.constraint}: {len(groups)} groups, "
             f"{f'{config.k} responses each' if method.reward else f'{sum(map(len, groups))} responses'}; "
-            f"left out: {counts}; steps {done + 1} to {n_steps} on {device}"
-            f"{f', {size()} processes' if size() > 1 else ''}"
+            f"left out: {counts}; steps {done + 1} to {n_steps} on {said(device)}"
         )
         if held_out and not done:
             keep_before(run.out, evaluate(plain()))
@@ -497,18 +503,7 @@ def main(config):
                 micro.move(device)
             ours = [micro.batch for micro in micros if micro.weight]
             ids = [problem_id for batch in ours for problem_id in batch.problem_ids]
-            n_groups, n_rows, n_scored, n_sft, n_tokens = total(
-                len(ids),
-                sum(len(batch.ids) for batch in ours),
-                *(
-                    sum(int(mask.sum()) for mask in masks)
-                    for masks in (
-                        [batch.loss_mask for batch in ours],
-                        [batch.loss_mask[sft_rows(batch, method.sft)] for batch in ours],
-                        [batch.pad_mask for batch in ours],
-                    )
-                ),
-            )
+            n_groups, n_rows, n_scored, n_sft, n_tokens = count(ours, method)
             loss, tables = 0.0, []
             for micro in micros:
                 with autocast(config, device):

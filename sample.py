@@ -291,9 +291,8 @@ def evaluate(config, draw, problems, source):
         "correct": [int(samples.first.correct) for samples in greedy],
         "right": [[sum(r.correct for r in samples.responses), config.n] for samples in sampled],
     }
-    if first():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, {**about(config, source), "metrics": metrics, **lists})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, {**about(config, source), "metrics": metrics, **lists})
     interval = f"[{metrics['low']:.1%}, {metrics['high']:.1%}]"
     unit = "words" if config.endpoint else "tokens"
     print(
@@ -375,9 +374,8 @@ def look(config, device):
         _, scored = scored_by(config, device, everything)
         scored = iter(tqdm(scored, total=len(everything), unit="problem", disable=quiet()))
         files = {name: list(itertools.islice(scored, len(sampled))) for name, sampled in files.items()}
-    if first():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, page(files))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, page(files))
     counts = sum(map(len, files.values())), sum(len(one.responses) for file in files.values() for one in file)
     print("{:,} problems, {:,} responses -> {}".format(*counts, out))
 
@@ -390,8 +388,7 @@ def verify(config, device):
     name, scored = scored_by(config, device, sampled)
     scored = list(tqdm(scored, total=len(sampled), unit="problem", disable=quiet()))
     of_id = {samples.problem.id: samples for samples in [*whole, *scored]}
-    if first():
-        write_jsonl(out, map(samples_to_row, of_id.values()))
+    write_jsonl(out, map(samples_to_row, of_id.values()))
     most = min(len(samples.responses) for samples in scored)
     if all(samples.problem.answer is not None for samples in scored):
         for n, ways in curves(scored, name, sizes=[2**i for i in range(14) if 2**i <= most]).items():

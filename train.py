@@ -28,21 +28,14 @@ from minicot.data import longest_row, peek, readable, schedule, seed_of, target
 from minicot.evaluation import compare, how_to_ask, keep_before, measure, measure_steps
 from minicot.losses import prm_loss, sft_loss
 from minicot.model import RewardModel
-from minicot.parallel import first, put_together, quiet, share, size, total, wrap
+from minicot.parallel import first, put_together, quiet, said, share, size, total, wrap
 from minicot.records import read_samples
 from minicot.scoring import score, step_logits
 from minicot.sets import TOYS, read_problems, refuse_shared
 from minicot.tokenizer import Tokenizer
 from minicot.runs import Log, Run, check_out, load_checkpoint
-from minicot.training import (
-    autocast,
-    checkpoint_layers,
-    clip_gradients,
-    digest_of,
-    make_optimizer,
-    pick_device,
-)
-from minicot.training import refuse_non_finite, report_unreadable, resolve, set_lr, train_only
+from minicot.training import autocast, checkpoint_layers, clip_gradients, digest_of, make_optimizer
+from minicot.training import pick_device, refuse_non_finite, report_unreadable, resolve, set_lr, train_only
 from minicot.weights import attach_vision, load_model
 
 
@@ -204,10 +197,9 @@ def main(config):
         done = load_checkpoint(run.out, model, optimizer) if config.resume else 0
         log = Log(run.out / "metrics.jsonl", done)
         plain = put_together(model, lambda: load_start(config, init, folder, device)[0])
-        on = f"{device}, {size()} processes" if size() > 1 else device
         print(
-            f"{sum(p.numel() for p in model.parameters()):,} parameters on {on}; {len(rows):,} rows and "
-            f"{len(held_out)} held-out {task.held_out}; left out: {left_out}; "
+            f"{sum(p.numel() for p in model.parameters()):,} parameters on {said(device)}; "
+            f"{len(rows):,} rows and {len(held_out)} held-out {task.held_out}; left out: {left_out}; "
             f"steps {done + 1} to {len(batches)}"
         )
         if held_out and not done:

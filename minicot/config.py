@@ -10,7 +10,6 @@ import dataclasses
 import math
 import operator
 import signal
-import sys
 import threading
 import types
 import typing
@@ -342,12 +341,8 @@ def run(main, config_class, argv=None, **choices):
         main(parse(config_class, argv, **choices))
 
 
-def to_stderr(text):
-    print(text, file=sys.stderr)
-
-
 @contextmanager
-def one_line_ends(say=to_stderr):
+def one_line_ends(say=parallel.to_stderr):
     """Within the block bad input (InputError, OSError) ends in one line and exit code 2; SIGTERM and SIGINT
     end in one line and exit code 128 + signal (in a training loop: see runs.Run). Any other exception is a
     bug of ours and keeps its traceback."""

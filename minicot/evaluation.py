@@ -79,8 +79,7 @@ def by_eight(rows, tokenizer, reader, device):
 
 
 def keep_before(out, before):
-    if first():
-        write_json(out / "eval.json", {"before": before})
+    write_json(out / "eval.json", {"before": before})
 
 
 def compare(out, after):

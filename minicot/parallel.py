@@ -22,6 +22,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from minicot.errors import InputError
+
 TIMEOUT = timedelta(minutes=30)  # a rank that waits longer for the others ends the run
 
 
@@ -39,6 +41,15 @@ def first():
     return rank() == 0
 
 
+def said(device):
+    """A device, and how many processes work on one like it, as the scripts print them."""
+    return f"{device}, {size()} processes" if size() > 1 else str(device)
+
+
+def to_stderr(text):
+    print(text, file=sys.stderr)
+
+
 def quiet():
     """tqdm's `disable`: on rank 0 None (a bar on a terminal alone), else True."""
     return None if first() else True
@@ -49,7 +60,7 @@ def joined():
     """Within the block this process is one of torchrun's; yields a function that says a last word on stderr
     unless another rank has said its own: of what all ranks find wrong a person reads one line."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield lambda text: print(text, file=sys.stderr)
+        yield to_stderr
         return
     store, number, ranks = next(dist.rendezvous("env://", timeout=TIMEOUT))
     dist.init_process_group(
@@ -67,7 +78,7 @@ def joined():
                 return
         except RuntimeError:  # the store went with the process that held it
             pass
-        print(text, file=sys.stderr)
+        to_stderr(text)
 
     try:
         yield say_once
@@ -152,6 +163,8 @@ def wrap(model, forward, config):
     """forward(model, batch) as a function of the batch, whose backward leaves the mean over the ranks in the
     gradients. --shard cuts the model's parameters in place: each rank holds a part of each."""
     if size() == 1:
+        if config.shard:
+            raise InputError("--shard is given to one process; allowed: with torchrun, two or more")
         return lambda batch: forward(model, batch)
     module = Parallel(model, forward)
     if not config.shard:

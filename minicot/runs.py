@@ -57,6 +57,9 @@ def remove(path):
 
 
 def write_text(path, text):
+    """A whole file or none; with torchrun rank 0 alone writes."""
+    if not first():
+        return
     with written_beside(path) as part:
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)
@@ -368,8 +371,6 @@ class Log:
 
     def __init__(self, path, resume_step=0):
         self.path, self.start, self.tokens = Path(path), time.perf_counter(), 0
-        if not first():
-            return
         lines = self.read() if resume_step and self.path.is_file() else []
         write_jsonl(self.path, [line for line in lines if line["step"] <= resume_step])
 

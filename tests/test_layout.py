@@ -16,7 +16,7 @@ SCRIPTS = ("train.py", "sample.py", "align.py")
 # module -> modules of the package that it may import (a mechanism knows the ones below it, never the reverse)
 MAY_IMPORT = {
     "errors": set(),
-    "parallel": set(),
+    "parallel": {"errors"},
     "config": {"errors", "parallel"},
     "losses": set(),
     "model": set(),
@@ -32,50 +32,23 @@ MAY_IMPORT = {
     "sets": {"errors", "records", "answers", "toy"},
     "data": {"errors", "records", "tokenizer", "answers", "images", "toy"},
     "scoring": {"model", "vision", "losses", "data"},
-    "sampling": {"parallel", "errors", "model", "vision", "tokenizer", "answers", "records", "data"},
+    "sampling": {"errors", "model", "vision", "tokenizer", "answers", "records", "data", "parallel"},
     "verifier": {"errors", "model", "vision", "tokenizer", "answers", "records", "data", "losses", "scoring"},
     "synthesis": {"errors", "answers", "records", "data", "sampling", "chat"},
     "mme_cot": {"chat", "config", "errors", "records"},
     "metrics": {"answers"},
     "view": {"answers", "data", "errors", "metrics", "toy", "verifier"},
     "chat": {"errors"},
-    "training": {"parallel", "errors"},
-    "runs": {"parallel", "config", "errors", "tokenizer", "training", "weights"},
+    "training": {"errors", "parallel"},
+    "runs": {"config", "errors", "parallel", "tokenizer", "training", "weights"},
     "rewards": {"losses"},
-    "rollouts": {
-        "parallel",
-        "answers",
-        "config",
-        "data",
-        "errors",
-        "rewards",
-        "sampling",
-        "scoring",
-        "training",
-    },
-    "evaluation": {
-        "parallel",
-        "data",
-        "losses",
-        "metrics",
-        "runs",
-        "sampling",
-        "scoring",
-        "sets",
-        "training",
-        "weights",
-    },
+    "rollouts": {"answers", "config", "data", "errors", "parallel", "rewards", "sampling", "scoring"}
+    | {"training"},
+    "evaluation": {"data", "losses", "metrics", "parallel", "runs", "sampling", "scoring", "sets"}
+    | {"training", "weights"},
 }
-RECIPES = (
-    "aft",
-    "llava_reasoner",
-    "llava_verifier",
-    "llava_diagnose",
-    "ursa",
-    "ursa_labels",
-    "ursa_grpo",
-    "mme_cot",
-)
+RECIPES = ("aft", "llava_reasoner", "llava_verifier", "llava_diagnose", "mme_cot", "ursa", "ursa_grpo")
+RECIPES += ("ursa_labels",)
 BUDGETS = {
     "losses.py": 260,
     "model.py": 260,

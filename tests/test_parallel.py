@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from minicot import parallel
 from minicot.records import read_samples
 from minicot.runs import checkpoints
-from tests.helpers import script
+from tests.helpers import assert_one_line_error, script
 from tests.test_align import groups, small_policy, write
 
 ROOT = Path(__file__).parent.parent
@@ -206,6 +206,12 @@ def test_when_a_rank_dies_the_run_ends_and_leaves_nothing_half_written(tmp_path)
     assert process.returncode != 0
     left = {path.name for path in (tmp_path / "out").iterdir()} - {"lock.json"}
     assert left == {"settings.json", "metrics.jsonl", "eval.json"}
+
+
+def test_one_process_does_not_shard(tmp_path):
+    small_policy(tmp_path / "policy")
+    done = script("train.py", *SFT[1:], "--shard", "--out", "out", cwd=tmp_path)
+    assert_one_line_error(done, "--shard", "torchrun")
 
 
 # ---- the parts, in one process -------------------------------------------------------------------

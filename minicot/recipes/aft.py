@@ -8,7 +8,7 @@ sets.
 
 The path (paper, section 4): base -> VFT (fine-tuning on solutions) -> K samples a training question, graded
 by their final answer -> one pass of alignment of the same VFT model over the same samples by each method:
-plain, detached, boundary. 6,000 of the 20,000 questions, of which 480 in three passes showed no gain.
+plain, detached, boundary. 480 questions in three passes are too few for a gain (results/aft_main.md).
 
 Two judgements. At its own rate: a method gets a grid of learning rates at the first seed, and keeps the one
 that answers most validation problems rightly. At one rate: the arms of a method share a rate that was written
