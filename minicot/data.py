@@ -34,15 +34,19 @@ COT_PROMPT, DIRECT_PROMPT = "\nThink step by step.", "\nAnswer briefly."
 
 def render(problem, mode):
     """Problem -> the user turn. Choices are lettered; the last line asks for a chain ("cot") or the bare
-    answer ("direct"); "plain" adds no such line, nor has a problem that is `plain` one in any mode. An empty
-    question (a pretraining row) renders to nothing."""
+    answer ("direct"); "plain" adds no such line, nor has a problem that is `plain` one in any mode. Behind
+    shots a question is asked as they ask theirs, "Q: ...\\nA:", in any mode. An empty question (a pretraining
+    row) renders to nothing."""
     if not problem.question:
         return ""
     turns = [turn["content"] for turn in problem.history or []] + [problem.question]
     placeholders = "" if any(IMAGE in turn for turn in turns) else f"{IMAGE}\n" * len(problem.images)
     choices = "".join(f"\n({LETTERS[i]}) {choice}" for i, choice in enumerate(problem.choices or []))
+    asked = placeholders + problem.question + choices
     ask = {"cot": COT_PROMPT, "direct": DIRECT_PROMPT, "plain": ""}[mode]
-    return placeholders + problem.question + choices + ("" if problem.plain else ask)
+    if problem.shots is not None:
+        return "".join(problem.shots) + f"Q: {asked}\nA:"
+    return asked + ("" if problem.plain else ask)
 
 
 def prompt_text(tokenizer, problem, mode):

@@ -26,8 +26,9 @@ class Problem:
     """One question. `answer` is the gold answer (a letter where there are `choices`), `solution` a worked
     solution that ends with the marked answer, `image` a picture file (or a list of them) inside the folder
     `image_root`, or "toy:" and what toy/pictures.py draws. `history` holds the turns of a conversation before
-    the question, [{"role", "content"}, ...]; a `plain` question is asked as it is, whatever the mode. `meta`
-    holds the other fields of its line. Whoever needs an absent field says so."""
+    the question, [{"role", "content"}, ...]; `shots` the worked examples before it in the same turn, texts as
+    shot_text makes them, perhaps pruned; a `plain` question is asked as it is, whatever the mode. `meta` holds
+    the other fields of its line. Whoever needs an absent field says so."""
 
     id: str
     question: str
@@ -38,6 +39,7 @@ class Problem:
     image_root: str | None = None
     choices: list | None = None
     history: list | None = None
+    shots: list | None = None
     plain: bool = False
     meta: dict = field(default_factory=dict)
 
@@ -83,6 +85,12 @@ class Samples:
         return self.responses[0] if self.responses else Response("", correct=False, ids=[])
 
 
+def shot_text(question, solution):
+    """A worked example as the text that stands before a question (CoT-Influx, utils.py), without "Let's think
+    step by step", which the official code adds: "Q: ...\\nA: ...", both on one line, and an empty line."""
+    return f"Q: {' '.join(question.split())}\nA: {' '.join(solution.split())}\n\n"
+
+
 # ---- fields and their types ----------------------------------------------------------------------
 
 TEXT, NUMBER, LIST, BOOL, OBJECT = (str,), (int, float), (list,), (bool,), (dict,)
@@ -96,6 +104,7 @@ PROBLEM_FIELDS = {
     "image_root": TEXT,
     "choices": LIST,
     "history": LIST,
+    "shots": LIST,
     "plain": BOOL,
 }
 RESPONSE_FIELDS = {
@@ -117,6 +126,7 @@ ITEM_TYPES = {
     "choices": TEXT,
     "image": TEXT,
     "history": OBJECT,
+    "shots": TEXT,
     "ids": (int,),
     "tokens": TEXT,
     "step_labels": BOOL + (int,),

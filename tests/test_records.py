@@ -1,12 +1,14 @@
 """Records and their JSON lines: what is read, what is refused, and that nothing is lost silently."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from minicot.data import pairs, prompt_text, render
 from minicot.errors import InputError
-from minicot.records import Problem, Response, Samples, read_samples, samples_to_row
+from minicot.records import Problem, Response, Samples, fields_of, problem_from_row, read_samples
+from minicot.records import samples_to_row, shot_text
 from minicot.sets import read_problems
 from minicot.tokenizer import Tokenizer
 from tests.helpers import jsonl
@@ -184,6 +186,19 @@ def test_a_conversation_reaches_the_chat_template_turn_by_turn(tmp_path, tokeniz
     assert read_samples(jsonl(tmp_path / "again.jsonl", samples_to_row(samples))) == [
         Samples(Problem(**{**vars(problem), "id": "1"}), samples.responses)
     ]
+
+
+def test_shots_stand_before_the_question(tmp_path):
+    shot = shot_text("How many?\n(pens)", "2 + 2 = 4.\n#### 4")
+    assert shot == "Q: How many? (pens)\nA: 2 + 2 = 4. #### 4\n\n"
+    row = {"id": "a", "question": "And now?", "answer": "5", "shots": [shot, "4 pens\n\n"]}
+    problem = problem_from_row(row, "f.jsonl:1", 1)
+    assert problem.shots == row["shots"] and fields_of(problem) == row
+    for mode in ("cot", "direct", "plain"):
+        assert render(problem, mode) == shot + "4 pens\n\nQ: And now?\nA:"
+    assert render(replace(problem, shots=[], choices=["5", "6"]), "cot") == "Q: And now?\n(A) 5\n(B) 6\nA:"
+    with pytest.raises(InputError, match="shots.*expected a list, each item text"):
+        problem_from_row({"question": "q", "shots": [{"question": "q"}]}, "f.jsonl:1", 1)
 
 
 def test_one_turn_has_no_history(tmp_path):
