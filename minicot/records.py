@@ -27,7 +27,7 @@ class Problem:
     solution that ends with the marked answer, `image` a picture file (or a list of them) inside the folder
     `image_root`, or "toy:" and what toy/pictures.py draws. `history` holds the turns of a conversation before
     the question, [{"role", "content"}, ...]; `shots` the worked examples before it in the same turn, texts as
-    shot_text makes them, perhaps pruned; a `plain` question is asked as it is, whatever the mode. `meta` holds
+    shot_text makes them (perhaps pruned); a `plain` question is asked as it is in any mode. `meta` holds
     the other fields of its line. Whoever needs an absent field says so."""
 
     id: str
