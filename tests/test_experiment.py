@@ -175,6 +175,25 @@ def test_every_method_gets_the_whole_grid_at_the_first_seed_and_the_best_is_chos
     assert {cell["lists"]["accuracy"] for cell in results["cells"]} == {pack([1, 0, 1])}
 
 
+def test_a_model_waits_for_the_setting_of_another_that_it_takes(toy):
+    def declare(E):
+        first = E.model("first", "align.py", grid=dict(lr=(1e-4, 3e-4)))
+        E.second = E.model("second", "align.py", verifier=first, grid=dict(lr=(1e-5, 3e-5)))
+        E.choose_by("metrics.accuracy", split="validation")
+        E.read("test", split="test", take={"accuracy": "metrics.accuracy"})
+
+    E = toy(declare)
+    score = lambda words: 1000 * float(rate_of(words))  # the higher, the better
+    E.command = lambda words, log: (
+        E.ran.append(words)
+        or write_json(words[words.index("--out") + 1], {"metrics": {"accuracy": score(words)}})
+    )
+    results = E.run([], {}, None)
+    assert [cell["settings"] for cell in results["cells"][::2]] == [{"lr": 3e-4}, {"lr": 3e-5}]
+    taken = {words[words.index("--verifier") + 1] for words in E.ran if "--verifier" in words}
+    assert taken == {f"runs/recipes/e/first-lr0.0003-s{seed}/model" for seed in (0, 1)}
+
+
 def rate_of(words):
     """The learning rate in a command, or in the folder of the model that it reads."""
     if "--lr" in words:

@@ -2,7 +2,6 @@
 reward model in test_prm.py."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
@@ -147,57 +146,29 @@ def test_a_right_and_a_wrong_chain_are_drawn_step_by_step(tmp_path):
 # ---- GRPO ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def declared(tmp_path_factory):
-    """ursa_grpo and ursa, small, below a folder of their own -> two of {name: model}."""
-    both = ursa_grpo.E, ursa.E
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("recipes"))
-        for E, recipe, sizes in zip(both, (ursa_grpo, ursa), (["asked=8", "drawn=8"], [])):
-            E.parse([*SMALL, *sizes])
-            recipe.declare(E)
-        ursa_grpo.E.check(ursa_grpo.CLAIMS)
-        yield [{model.name: model for model in E.models} for E in both]
-        for E in both:
-            E.models.clear(), E.reads.clear(), E.chosen.clear()
+@pytest.fixture
+def declared(tmp_path, monkeypatch):
+    """ursa_grpo, small, below a folder of its own -> {name: model}."""
+    E = ursa_grpo.E
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ursa, "FAST", ursa.FAST | dict(taught=40, labelled=8, validation=8, test=8))
+    E.parse(["--fast", "--set", "asked=8", "validation=8", "test=8", "drawn=8"])
+    ursa_grpo.declare(E)
+    E.check(ursa_grpo.CLAIMS)
+    yield {model.name: model for model in E.models}
+    E.models.clear(), E.reads.clear(), E.chosen.clear(), E.validations.clear()
 
 
 def test_all_arms_start_from_ursas_models_in_ursas_folder(declared):
-    E, (models, _) = ursa_grpo.E, declared
+    E, models = ursa_grpo.E, declared
     arms = [models[name] for name in ursa_grpo.ARMS]
     assert list(models) == ["sft", "prm", *ursa_grpo.ARMS]
     assert len({repr({k: v for k, v in arm.flags.items() if k != "reward"}) for arm in arms}) == 1
     assert all(arm.flags["init"] is models["sft"] for arm in arms)
     assert [arm.flags["reward"] for arm in arms] == ["outcome", "ps-grpo", "mean", "steps"]
     assert E.folder(models["sft"], 0).as_posix() == "runs/recipes/ursa-fast/sft-s10"
-    assert E.results.as_posix() == "runs/recipes/ursa_grpo-fast/results"
-    same = (ursa_grpo.SIZES.keys() & ursa.SIZES.keys()) - {"seeds", "test"}
-    assert all(ursa_grpo.SIZES[size] == ursa.SIZES[size] for size in same)  # or its models would be others
-
-
-@pytest.mark.parametrize("name", ["sft", "prm"])
-def test_both_recipes_make_the_same_start(declared, name):
-    """Word by word, in the same folders: a cell is found again only by the same command."""
-    told = []
-    for E, models in zip((ursa_grpo.E, ursa.E), declared):
-        E.chosen["prm"] = {"lr": 3e-4}
-
-        def tell(cell):
-            if not hasattr(cell, "work"):
-                return str(cell)
-            flags = {flag: tell(value) for flag, value in cell.flags.items()}
-            return str(E.folder(cell, 0)), cell.makes, [tell(part) for part in cell.work], flags
-
-        told.append(tell(models[name]))
-    assert told[0] == told[1] and told[0][0].endswith({"sft": "sft-s10", "prm": "prm-lr0.0003-s10"}[name])
-
-
-def test_the_prms_rate_is_the_one_that_ursa_chose(tmp_path):
-    E = SimpleNamespace(results=tmp_path, size=SimpleNamespace(reward_lrs=(1e-4, 3e-4, 1e-3)))
-    assert ursa_grpo.rate_of_prm(E) == 3e-4
-    cells = [{"name": "orm", "settings": {"lr": 1.0}}, {"name": "prm", "settings": {"lr": 0.5}}]
-    (tmp_path / "ursa.json").write_text(json.dumps({"cells": cells}))
-    assert ursa_grpo.rate_of_prm(E) == 0.5
+    assert E.folder(models["v1"], 0, {"lr": 1e-4}).as_posix() == "runs/recipes/ursa_grpo-fast/v1-lr0.0001-s10"
+    assert ursa_grpo.SIZES["first_seed"] == ursa.SIZES["first_seed"]  # or its models would be others
 
 
 def test_habits_by_hand(tmp_path):

@@ -263,21 +263,25 @@ class Experiment(Worker):
         return take(self.path(reading, seed), None)
 
     def choose(self, pool):
-        """Every setting of every grid at the first seed -> the grid as it reads out; the best is chosen."""
-        jobs = []
+        """Every setting of every grid at the first seed -> the grid as it reads out; the best is chosen. A
+        model that takes another one, whose setting is to be chosen too, comes after it."""
+        jobs, grid = [], []
         for cell in self.models:
             settings = [dict(zip(cell.grid, values)) for values in itertools.product(*cell.grid.values())]
             self.chosen[cell.name] = settings[0]
-            jobs += [(cell.name, setting) for setting in settings] if len(settings) > 1 else []
+            jobs += [(cell, setting) for setting in settings] if len(settings) > 1 else []
+        waits = lambda cell: any(cell is not other and other in cell.flags.values() for other, _ in jobs)
 
         def validate(job):
-            reading, score = self.validations[job[0]]
+            reading, score = self.validations[job[0].name]
             found = take(self.path(reading, 0, job[1]), {"score": score})
-            return {"name": job[0], "settings": job[1], "score": round(found["score"], 4)}
+            return {"name": job[0].name, "settings": job[1], "score": round(found["score"], 4)}
 
-        grid = list(pool.map(validate, jobs))
-        for one in sorted(grid[::-1], key=lambda one: one["score"]):  # the first of equals
-            self.chosen[one["name"]] = one["settings"]
+        for late in (False, True):
+            found = list(pool.map(validate, [job for job in jobs if waits(job[0]) == late]))
+            for one in sorted(found[::-1], key=lambda one: one["score"]):  # the first of equals
+                self.chosen[one["name"]] = one["settings"]
+            grid += found
         return grid
 
     def row(self, cell, seed):

@@ -16,29 +16,30 @@ The PRM's scores are logged in all of them. Differs from the paper: groups of 8,
 """
 
 from minicot import plots
+from minicot.recipes import ursa
 from minicot.recipes.experiment import Experiment
 from minicot.recipes.llava_reasoner import PICTURES
 from minicot.recipes.tables import claims
-from minicot.recipes.ursa import FAST, FORM, SIZES, labels, reward_model, solver
 from minicot.records import fields_of, read_samples
 from minicot.rewards import largest_drop
 from minicot.runs import write_json
 from minicot.sets import read_problems
-from minicot.weights import read_json
 
-SIZES = SIZES | {
+SIZES = {
     "seeds": 2,
+    "first_seed": ursa.SIZES["first_seed"],
     "asked": 1600,  # training problems, behind those of SFT
     "grpo_steps": 150,
     "questions": 8,  # a step
     "responses": 8,  # to each
     "kl": 0.003,
     "grpo_lrs": (3e-5, 1e-4, 3e-4),
+    "validation": 300,
     "test": 2000,
     "drawn": 500,  # test problems that are sampled
     "draws": 4,  # samples of each
 }
-FAST = FAST | dict(asked=100, grpo_steps=20, grpo_lrs=(1e-4,), test=200, drawn=50)
+FAST = dict(seeds=1, asked=100, grpo_steps=20, grpo_lrs=(1e-4,), validation=50, test=200, drawn=50)
 ARMS = {"grpo": "outcome", "ps-grpo": "ps-grpo", "v1": "mean", "v2": "steps"}
 
 # Metrics: accuracy: greedy. Of samples at temperature 1: sampled: accuracy; prm: the PRM's mean score;
@@ -83,21 +84,12 @@ def habits(out, scored, *, seed):
     write_json(out, lists | {"length": mean(lambda r: len(r.ids)), "drops": drops})
 
 
-def rate_of_prm(E):
-    """What the recipe ursa has chosen for its PRM; the middle of its grid where it has left no results."""
-    file = E.results / "ursa.json"
-    cells = read_json(file)["cells"] if file.is_file() else []
-    chosen = [cell["settings"]["lr"] for cell in cells if cell["name"] == "prm"]
-    return (chosen or E.size.reward_lrs[len(E.size.reward_lrs) // 2 :])[0]
-
-
 def declare(E):
-    s, E.root = E.size, E.root.with_name(E.root.name.replace("ursa_grpo", "ursa"))
-    sft = solver(E, "sft", s.steps)
-    _, *labelled = labels(E, sft)
-    prm = reward_model(E, "prm", sft, *labelled, (rate_of_prm(E),))
-    fresh = read_problems(E.data, E.train, limit=s.taught + s.asked)[s.taught :]
-    asked = FORM | {"data": E.write(f"train-behind-{s.taught}.jsonl", map(fields_of, fresh))}
+    s, home = E.size, Experiment("ursa", "", ursa.SIZES, ursa.FAST, **PICTURES)
+    there = E.borrow(home, ursa.declare, ("sft", "prm"))
+    sft, prm = there["sft"], there["prm"]
+    fresh = read_problems(E.data, E.train, limit=home.size.taught + s.asked)[home.size.taught :]
+    asked = ursa.FORM | {"data": E.write("train.jsonl", map(fields_of, fresh))}
     arms = []
     for name, reward in ARMS.items():
         rate = dict(at=(arms[0], "lr")) if arms else dict(grid=dict(lr=s.grpo_lrs))
@@ -107,11 +99,11 @@ def declare(E):
             **asked, **rate,
         )  # fmt: skip
         arms.append(model)
-    E.choose_by("metrics.accuracy", of=arms[:1], **E.problems(E.validation, s.validation) | FORM)
+    E.choose_by("metrics.accuracy", of=arms[:1], **E.problems(E.validation, s.validation) | ursa.FORM)
     read = [sft, *arms]
-    E.read("answers", of=read, take={"accuracy": "correct"}, **E.problems(E.test, s.test) | FORM)
+    E.read("answers", of=read, take={"accuracy": "correct"}, **E.problems(E.test, s.test) | ursa.FORM)
     for model in read:
-        drawn = E.samples("drawn", model, n=s.draws, **E.problems(E.test, s.drawn) | FORM)
+        drawn = E.samples("drawn", model, n=s.draws, **E.problems(E.test, s.drawn) | ursa.FORM)
         scored = E.samples("drawn-scored", model, verifier=prm, samples=drawn)
         E.read("habits", habits, scored, of=[model])
 
