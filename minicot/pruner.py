@@ -1,10 +1,10 @@
 """CoT-Influx (CoT-Max, arXiv 2312.08901): learn which worked examples to keep before a question, and which of
 their tokens, so that what helps a frozen language model (LM) most fits into a budget of T tokens.
 
-    python -m minicot.pruner --model LM --data train.jsonl --out runs/pruner      # rows that bring shots
-    python -m minicot.pruner --model LM --data gsm8k:PATH --shots pool.jsonl --k 16 --target 256 --out runs/pruner
-    python -m minicot.pruner prune --method learned --pruner runs/pruner --budget 256 --model LM \\
-        --data test.jsonl --out pruned.jsonl       # or --method topk, a baseline of selection.py
+    python -m minicot.pruner --model LM --data train.jsonl --target 128 --out runs/pruner  # rows with shots
+    python -m minicot.pruner --model LM --data gsm8k:PATH --shots pool.jsonl --k 16 --out runs/pruner
+    python -m minicot.pruner prune --pruner runs/pruner --budget 128 --model LM --data test.jsonl \\
+        --out pruned.jsonl                           # or --method topk, a baseline of selection.py
     python sample.py --evaluate --model LM --data pruned.jsonl
 
 Two stages, coarse to fine. H_j are the states of shot j's tokens under a frozen encoder, f and g small heads:
@@ -14,13 +14,13 @@ Two stages, coarse to fine. H_j are the states of shot j's tokens under a frozen
     R = (1 / (1 + L) + R_acc) * (t / T)^w,   w = 1 where t <= T, else -1
     REINFORCE:  - E[R (log pi(shots) + log pi(tokens))]
 
-L: the frozen LM's mean loss of the gold solution behind the pruned prompt; R_acc: 1 where its greedy answer is
-right, else 0; t: the tokens of the pruned shots. No gradient passes through the LM or the encoder.
+L: the frozen LM's mean loss of the gold solution behind the pruned prompt; R_acc: 1 where its greedy answer
+is right, else 0; t: the tokens of the pruned shots. No gradient passes through the LM or the encoder.
 
-The training code was never published. Ours, not the paper's (or not known to be): Adam without a schedule; the
-baseline, which is the mean reward of the question's other repeats (leave one out); the entropy bonus; the log
-pi of a stage is a mean over its decisions, so that hundreds of tokens do not drown a few shots; a prompt that
-the LM's context can't hold is worth 0; R_acc and L are those of the mode that is asked for.
+The training code was never published. Ours, not the paper's (or not known to be): Adam without a schedule;
+the baseline, which is the mean reward of the question's other repeats (leave one out); the entropy bonus; the
+log pi of a stage is a mean over its decisions, so that hundreds of tokens do not drown a few shots; a prompt
+that the LM's context can't hold is worth 0; R_acc and L are those of the mode that is asked for.
 
 Against the published modules (HuangOwen/CoT-Influx, modeling_skim_predictor.py):
 - Padding is masked in the mean, in log pi and in t; there it counts in all three, as the encoder is called
@@ -91,7 +91,7 @@ def head(width, hidden):
 
 
 class Pruner(nn.Module):
-    """The shot policy and the token policy; one of the stages may be left out. Weights are drawn from `seed`."""
+    """The shot policy and the token policy; one of the stages may be left out. `seed` draws the weights."""
 
     def __init__(self, width, hidden=512, *, shot_stage=True, token_stage=True, seed=0):
         super().__init__()
@@ -102,8 +102,8 @@ class Pruner(nn.Module):
         self.width, self.hidden = width, hidden
 
     def forward(self, states, real):
-        """states (k,L,D), real (k,L) bool, False = padding -> log-odds of keeping each shot (k,) and each token
-        (k,L), which means nothing at padding."""
+        """states (k,L,D), real (k,L) bool, False = padding -> log-odds of keeping each shot (k,) and each
+        token (k,L), which means nothing at padding."""
         log_odds = lambda logits: logits[..., 1] - logits[..., 0]
         pooled = (states * real[..., None]).sum(1) / real.sum(1, keepdim=True)
         shots, tokens = log_odds(self.shot(pooled)), log_odds(self.token(states))
@@ -113,8 +113,8 @@ class Pruner(nn.Module):
 
 
 def sample_actions(z_shot, z_token, repeats, generator):
-    """Log-odds (k,), (k,L) -> R times sampled actions, shots (R,k) and tokens (R,k,L) bool, True = keep. Shots
-    are drawn again where none is kept."""
+    """Log-odds (k,), (k,L) -> R times sampled actions, shots (R,k) and tokens (R,k,L) bool, True = keep.
+    Shots are drawn again where none is kept."""
     p_shot, p_token = z_shot.detach().sigmoid().cpu(), z_token.detach().sigmoid().cpu()
     draw = lambda n, p: torch.rand(n, *p.shape, generator=generator) < p
     shots, tries = draw(repeats, p_shot), 0
@@ -187,8 +187,8 @@ def rollout(pruner, encoder, problem, repeats, seed, see_question=False):
 
 
 def reward(loss, correct, t, target, w=(1.0, -1.0)):
-    """(1 / (1 + L) + R_acc) * (t / T)^w, w[0] up to the target and w[1] above: the peak is at t = T. Tensors of
-    one shape or numbers -> float64; an infinite loss is worth 0."""
+    """(1 / (1 + L) + R_acc) * (t / T)^w, w[0] up to the target and w[1] above: the peak is at t = T.
+    Tensors of one shape or numbers -> float64; an infinite loss is worth 0."""
     loss, correct, t = (torch.as_tensor(x, dtype=torch.float64) for x in (loss, correct, t))
     if target < 1 or (loss < 0).any() or loss.isnan().any():
         raise ValueError(f"target {target}, losses {loss}; allowed: target >= 1, losses >= 0")
@@ -202,10 +202,10 @@ def leave_one_out(rewards):
 
 
 def judge_by(model, tokenizer, *, mode, style, max_new_tokens, batch_size=64, accuracy=True):
-    """The frozen LM as judge: a function from B lists of R Problems with shots -> their losses (B,R) and whether
-    they are answered right (B,R). Repeats are scored as one group, whose common beginning is computed once, and
-    all answers are drawn in one batch; equal prompts are computed once. A prompt that does not fit into the
-    context, with the solution or max_new_tokens behind it, has an infinite loss and no right answer.
+    """The frozen LM as judge: a function from B lists of R Problems with shots -> their losses (B,R), and
+    whether they are answered right (B,R). Repeats are scored as one group, whose common beginning is computed
+    once, and all answers are drawn in one batch; equal prompts are computed once. A prompt that does not fit
+    into the context, with the solution or max_new_tokens behind it, has an infinite loss and no right answer.
     accuracy False: no answers are drawn, none is right."""
     context = model.config.max_position_embeddings
 
@@ -238,8 +238,9 @@ def judge_by(model, tokenizer, *, mode, style, max_new_tokens, batch_size=64, ac
 
 
 def learn(pruner, encoder, problems, judge, size, config, log, saved=lambda: None):
-    """REINFORCE on problems with candidate shots. judge: B lists of R pruned Problems -> losses and right or not,
-    (B,R) each (see judge_by); size: a text -> its LM tokens; log: a runs.Log; saved() keeps the pruner."""
+    """REINFORCE on problems with candidate shots. judge: B lists of R pruned Problems -> losses and right or
+    not, (B,R) each (see judge_by); size: a text -> its LM tokens; log: a runs.Log; saved() keeps the
+    pruner."""
     c = config
     optimizer = torch.optim.Adam(pruner.parameters(), lr=c.lr)
     n_rows, order = c.steps * c.batch_size, seed_of(c.seed, "order")
@@ -286,12 +287,12 @@ def learn(pruner, encoder, problems, judge, size, config, log, saved=lambda: Non
 
 
 def choose(p_shot, p_token, ids, budget, size, decode):
-    """Which tokens of which shots are kept: P(keep) of each shot, of each of its tokens (inf: forced) -> a list
-    of bools a shot, all False where it is dropped. The texts together have at most `budget` LM tokens.
+    """Which tokens of which shots are kept: P(keep) of each shot, of each of its tokens (inf: forced) -> a
+    list of bools a shot, all False where it is dropped. The texts together have at most `budget` LM tokens.
 
-    1. Shots, the likeliest first and the earlier of equals. One with P < 1/2 is dropped, and one whose expected
-       size, its LM tokens times the mean P(keep) of its tokens, does not fit into what is left of the budget is
-       passed over. The likeliest is kept in any case.
+    1. Shots, the likeliest first and the earlier of equals. One with P < 1/2 is dropped, and one whose
+       expected size, its LM tokens times the mean P(keep) of its tokens, does not fit into what is left of
+       the budget is passed over. The likeliest is kept in any case.
     2. Of these shots' tokens those with P < 1/2 are dropped, then the least likely of all until the budget is
        met (selection.squeeze); a shot of which only its layout is left goes. A budget below one token and the
        layout of a shot leaves none.
@@ -509,8 +510,8 @@ def read(config):
 
 
 def easy(problems, config, judge):
-    """The questions that are learned from (the paper's difficulty-aware loading): where a question is answered
-    wrong whatever the prompt, there is no signal."""
+    """The questions that are learned from (the paper's difficulty-aware loading): where a question is
+    answered wrong whatever the prompt, there is no signal."""
     if config.difficulty:
         for problem in problems:
             allowed = f"in every row, problem {problem.id!r} has none that is a number"

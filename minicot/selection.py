@@ -1,8 +1,8 @@
 """Worked examples before a question: where they come from, and plain ways to fit them into a budget.
 
 A problem brings its own candidate shots (`shots`, texts as records.shot_text makes them), or they are
-retrieved from a pool of problems by the nearest question (TopK). A way to fit them is a row of METHODS, a pure
-function of the candidates, a budget and `size` (a text -> its LM tokens): CoT-Influx's baselines (arXiv
+retrieved from a pool of problems by the nearest question (TopK). A way to fit them is a row of METHODS, a
+pure function of the candidates, a budget and `size` (a text -> its LM tokens): CoT-Influx's baselines (arXiv
 2312.08901) and complexity. All keep the order of the candidates and never exceed the budget, which counts the
 LM tokens of each kept text. pruner.py is the way that learns.
 
@@ -66,8 +66,8 @@ class Shot:
 
 
 class Encoder:
-    """The last hidden states of a frozen model under its own tokenizer. Those of a shot are computed once: the
-    newest `remember` tokens of them are kept."""
+    """The last hidden states of a frozen model under its own tokenizer. Those of a shot are computed once:
+    the newest `remember` tokens of them are kept."""
 
     def __init__(self, model, tokenizer, *, remember=2**19, batch_size=32):
         self.model, self.tokenizer = model.eval(), tokenizer
@@ -126,9 +126,9 @@ class Encoder:
 def with_candidates(problems, pool, encoder, k, *, training=False, seed=None):
     """Problems -> the same with candidate `shots`: their own where they bring some, else the k of the pool
     whose questions are nearest (with a seed: k random ones). A problem's own question is never among them:
-    with `training` the pool's is passed over (as the pool may be the training set), else a pool that holds any
-    of the problems' questions is refused, by normalised text, and so is a problem among whose own shots its
-    question stands. (The official prompts hold eight questions of their test set.)"""
+    with `training` the pool's is passed over (as the pool may be the training set), else a pool that holds
+    any of the problems' questions is refused, by normalised text, and so is a problem among whose own shots
+    its question stands. (The official prompts hold eight questions of their test set.)"""
     for problem in problems:
         if any(normalised(question_of(s)) == normalised(problem.question) for s in problem.shots or []):
             raise InputError(f"problem {problem.id!r}: its question is among its own shots, with the answer")
@@ -165,8 +165,8 @@ def refuse_pool(problems, pool):
             raise InputError(f"--shots: row {shot.id!r} has no solution, which a shot needs")
         if (id_ := asked.get(normalised(shot.question))) is not None:
             raise InputError(
-                f"--shots: row {shot.id!r} of the pool holds the question of problem {id_!r}; allowed: a pool "
-                "without the questions that are asked"
+                f"--shots: row {shot.id!r} of the pool holds the question of problem {id_!r}; allowed: a "
+                "pool without the questions that are asked"
             )
 
 
@@ -188,8 +188,9 @@ def squeeze(pieces, scores, budget, size, join="".join, least=-math.inf):
     same shape (inf: layout, never dropped by itself) -> which are kept, a list of bools a shot.
 
     Pieces with a score below `least` go in any case; of equal scores the earlier goes first. A shot that has
-    nothing but its layout left goes too, so any budget >= 0 is met, at the last by no shot. Pieces go a few at
-    a time: half as many as there are tokens too many."""
+    nothing but its layout left goes too, so any budget >= 0 is met, at the last by no shot. Pieces go a few
+    at a time, about half as many as there are tokens too many, as the tokens of a text are not the sum of its
+    pieces' tokens."""
     free = [(s, i, j) for i, row in enumerate(scores) for j, s in enumerate(row) if s < math.inf]
     order, dropped = sorted(free), sum(s < least for s, _, _ in free)
     while True:
@@ -201,7 +202,9 @@ def squeeze(pieces, scores, budget, size, join="".join, least=-math.inf):
         excess = sum(map(size, texts_of(pieces, keep, join))) - budget
         if excess <= 0:
             return keep
-        dropped += max(1, excess // 2)
+        while excess > 0 and dropped < len(order):
+            _, i, j = order[dropped]
+            excess, dropped = excess - 2 * max(1, size(join([pieces[i][j]]))), dropped + 1
 
 
 def texts_of(pieces, keep, join="".join):
