@@ -318,8 +318,8 @@ def prm_sides(name, device, *, K, P, R, step=16):
 
 
 def one_by_one(pruner, encoder, problem, repeats, seed):
-    """The naive loop, `rollout` and the judge's oracle: yields (pruned problem, its log pi) for each repeat, the
-    shots encoded anew for each. The actions are those that rollout draws."""
+    """The naive loop, the oracle of `rollout`: yields (pruned problem, its log pi) for each repeat, the shots
+    encoded anew for each. The actions are those that rollout draws."""
     for r in range(repeats):
         encoder.cache.clear()
         seen = look(encoder, problem)
