@@ -152,9 +152,14 @@ class Seen:
     free: torch.Tensor  # (k,L) bool: real, and no layout
 
 
+def before(problem, see_question):
+    """What the encoder reads before each shot."""
+    return f"{problem.question}\n\n" if see_question else ""
+
+
 def look(encoder, problem, see_question=False):
     """A problem's candidate shots -> Seen."""
-    shots = encoder.shots(problem.shots, f"{problem.question}\n\n" if see_question else "")
+    shots = encoder.shots(problem.shots, before(problem, see_question))
     padded = lambda rows: pad_sequence(rows, batch_first=True)
     real = padded([torch.ones_like(shot.free) for shot in shots])
     return Seen(
@@ -290,17 +295,24 @@ def choose(p_shot, p_token, ids, budget, size, decode):
     """Which tokens of which shots are kept: P(keep) of each shot, of each of its tokens (inf: forced) -> a
     list of bools a shot, all False where it is dropped. The texts together have at most `budget` LM tokens.
 
-    1. Shots, the likeliest first and the earlier of equals. One with P < 1/2 is dropped, and one whose
-       expected size, its LM tokens times the mean P(keep) of its tokens, does not fit into what is left of
-       the budget is passed over. The likeliest is kept in any case.
+    1. Shots, the likeliest first and the earlier of equals. One with P < 1/2 is dropped, and one is passed
+       over of whose expected size, its LM tokens times the mean P(keep) of its tokens, not even half fits into
+       what is left of the budget: so the expected total comes near to it from either side. The likeliest is
+       kept in any case.
     2. Of these shots' tokens those with P < 1/2 are dropped, then the least likely of all until the budget is
        met (selection.squeeze); a shot of which only its layout is left goes. A budget below one token and the
        layout of a shot leaves none.
+    Without a token stage (p_token None) the shots of step 1 that fit whole are kept.
     The published `fix_forward` has counts of shots and tokens in the budget's place, and is not called."""
     order = sorted(range(len(ids)), key=lambda i: -p_shot[i])
-    mean = lambda row: sum(min(p, 1.0) for p in row) / len(row)
-    expected = [size(decode(one)) * mean(row) for one, row in zip(ids, p_token)]
-    taken = whole(expected, [i for i in order if p_shot[i] >= 0.5], budget) or order[:1]
+    likely = [i for i in order if p_shot[i] >= 0.5] or order[:1]
+    sizes = [size(decode(one)) for one in ids]
+    if p_token is None:
+        taken = whole(sizes, likely, budget)
+        return [[i in taken] * len(one) for i, one in enumerate(ids)]
+    means = [sum(min(p, 1.0) for p in row) / len(row) for row in p_token]
+    expected = [n * mean for n, mean in zip(sizes, means)]
+    taken = whole(expected, likely, budget, share=0.5) or order[:1]
     pieces, scores = [ids[i] for i in taken], [p_token[i] for i in taken]
     kept = dict(zip(taken, squeeze(pieces, scores, budget, size, decode, least=0.5)))
     return [kept.get(i, [False] * len(one)) for i, one in enumerate(ids)]
@@ -323,6 +335,7 @@ def prune(pruner, encoder, problems, budget, size, see_question=False):
         z_shot, z_token = pruner(seen.states, seen.real)
         p_token = z_token.sigmoid().masked_fill(~seen.free, torch.inf).tolist()
         p_token = [row[: len(ids)] for row, ids in zip(p_token, seen.ids)]
+        p_token = p_token if pruner.stages["token_stage"] else None
         keep = choose(z_shot.sigmoid().tolist(), p_token, seen.ids, budget, size, encoder.decode)
         pieces = [[encoder.decode([i]) for i in ids] for ids in seen.ids]
         yield Kept(replace(problem, shots=texts_of(seen.ids, keep, encoder.decode)), pieces, keep)
@@ -537,7 +550,8 @@ def train(config):
     check(new or ours, "--out", config.out, "a new folder, or --overwrite of a pruner's")
     device = pick_device(config.device)
     model, tokenizer = load_lm(config, device)
-    place = config.encoder or config.model
+    context, place = model.config.max_position_embeddings, config.encoder or config.model
+    check(config.target < context, "--target", config.target, f"less than the model's context, {context}")
     dtype = getattr(torch, config.dtype)
     encoder = (
         load_encoder(place, device, dtype) if config.encoder else Encoder(model, Tokenizer(resolve(place)))
@@ -546,6 +560,9 @@ def train(config):
     how["max_new_tokens"] = config.max_new_tokens or default_length(config.data)
     judge, size = judge_by(model, tokenizer, **how), size_by(tokenizer)
     asked = with_candidates(problems, pool, encoder, config.k, training=True)
+    for problem in asked:  # a shot that is too long is refused now, not in the middle of the run
+        for text in problem.shots:
+            encoder.encode(text, len(encoder.tokenizer.encode(before(problem, config.see_question))))
     problems = easy(asked, config, judge)
     pruner = Pruner(
         encoder.model.config.hidden_size,

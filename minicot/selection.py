@@ -74,22 +74,27 @@ class Encoder:
         self.remember, self.batch_size = remember, batch_size
         self.cache, self.vectors, self.tokens = OrderedDict(), {}, 0
 
+    def encode(self, text, n_before=0):
+        """Ids of a text; one that does not fit into the context behind n_before tokens, or is empty, is
+        refused."""
+        ids, context = self.tokenizer.encode(text), self.model.config.max_position_embeddings
+        if not 0 < len(ids) <= context - n_before:
+            behind = f" behind {n_before} others" if n_before else ""
+            raise InputError(
+                f"a text of {len(ids)} tokens{behind}, {text!r:.60}; the encoder {self.tokenizer.folder} "
+                f"reads 1 to {context} in all"
+            )
+        return ids
+
     @torch.no_grad()
     def read(self, texts, before=""):
         """Yield (ids, states (L,D)) of each text, read behind the text `before`, if there is one."""
         prefix, device = self.tokenizer.encode(before), next(self.model.parameters()).device
-        context = self.model.config.max_position_embeddings
         for start in range(0, len(texts), self.batch_size):
-            part = [self.tokenizer.encode(text) for text in texts[start : start + self.batch_size]]
-            longest = max(map(len, part)) + len(prefix)
-            if longest > context or not all(part):
-                raise InputError(
-                    f"a text of {longest if longest > context else 0} tokens, {texts[start]!r:.60}; the "
-                    f"encoder {self.tokenizer.folder} reads 1 to {context}"
-                )
+            part = [self.encode(text, len(prefix)) for text in texts[start : start + self.batch_size]]
             rows = [torch.tensor(prefix + ids, device=device) for ids in part]
             ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            real = torch.arange(longest, device=device) < torch.tensor([[len(row)] for row in rows]).to(
+            real = torch.arange(ids.shape[1], device=device) < torch.tensor([[len(row)] for row in rows]).to(
                 device
             )
             states = self.model.hidden_states(self.model.embed(ids), pad_mask=real).float()
@@ -173,12 +178,12 @@ def refuse_pool(problems, pool):
 # ---- ways to fit a budget ------------------------------------------------------------------------
 
 
-def whole(sizes, order, budget):
+def whole(sizes, order, budget, share=1.0):
     """Whole shots (their numbers) in the order in which they are to be taken -> those that fit, in source
-    order. One that no longer fits is passed over: a later one may be smaller."""
+    order. One of which not even `share` fits any more is passed over: a later one may be smaller."""
     taken, left = [], budget
     for i in order:
-        if sizes[i] <= left:
+        if share * sizes[i] <= left:
             taken, left = [*taken, i], left - sizes[i]
     return sorted(taken)
 
