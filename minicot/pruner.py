@@ -61,6 +61,7 @@ from minicot.answers import STYLES
 from minicot.config import DEVICE, LENGTH, STYLE, Flags, check, flag, run
 from minicot.data import encode_row, schedule, seed_of, target
 from minicot.errors import InputError
+from minicot.parallel import quiet
 from minicot.records import fields_of, shot_text
 from minicot.runs import Log, write_json, write_jsonl, write_text, written_beside
 from minicot.sampling import sample_groups
@@ -296,9 +297,9 @@ def choose(p_shot, p_token, ids, budget, size, decode):
     list of bools a shot, all False where it is dropped. The texts together have at most `budget` LM tokens.
 
     1. Shots, the likeliest first and the earlier of equals. One with P < 1/2 is dropped, and one is passed
-       over of whose expected size, its LM tokens times the mean P(keep) of its tokens, not even half fits into
-       what is left of the budget: so the expected total comes near to it from either side. The likeliest is
-       kept in any case.
+       over of whose expected size, its LM tokens times the mean P(keep) of its tokens, not even half fits
+       into what is left of the budget: so the expected total comes near to it from either side. The likeliest
+       is kept in any case.
     2. Of these shots' tokens those with P < 1/2 are dropped, then the least likely of all until the budget is
        met (selection.squeeze); a shot of which only its layout is left goes. A budget below one token and the
        layout of a shot leaves none.
@@ -421,7 +422,7 @@ def prune_by(folder, problems, shots, budget, *, tokenizer, encoder="", device=N
     problems = with_candidates(problems, pool, encoder, about["k"])
     budget, size = budget or about["target"], size_by(tokenizer)
     made = prune(pruner, encoder, problems, budget, size, about["see_question"])
-    kept = list(tqdm(made, total=len(problems), unit="problem", desc="pruning", disable=None))
+    kept = list(tqdm(made, total=len(problems), unit="problem", desc="pruning", disable=quiet()))
     report([one.problem for one in kept], budget, size)
     return kept
 
@@ -607,7 +608,7 @@ def prune_command(config):
         fixed = [shot_text(p.question, p.solution) for p in pool] or problems[0].shots
         how = dict(size=size_by(tokenizer), encoder=encoder, model=model, tokenizer=tokenizer)
         made = fit(config.method, problems, config.budget, fixed=fixed, seed=config.seed, **how)
-        pruned = list(tqdm(made, total=len(problems), unit="problem", disable=None))
+        pruned = list(tqdm(made, total=len(problems), unit="problem", disable=quiet()))
         report(pruned, config.budget, how["size"])
     out.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(out, map(fields_of, pruned))

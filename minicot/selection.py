@@ -265,7 +265,7 @@ class Case:
     texts: list  # the candidates
     similarity: Callable  # () -> how near each candidate's question is to the one asked, (k,)
     information: Callable  # () -> self_information of the candidates
-    fixed: list  # the same shots for all problems
+    fixed: list  # the same shots for all problems: the pool's first, else the first problem's
     seed: int
 
 

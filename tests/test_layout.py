@@ -35,8 +35,8 @@ MAY_IMPORT = {
     "sampling": {"errors", "model", "vision", "tokenizer", "answers", "records", "data", "parallel"},
     "verifier": {"errors", "model", "vision", "tokenizer", "answers", "records", "data", "losses", "scoring"},
     "selection": {"data", "errors", "records", "scoring", "verifier"},
-    "pruner": {"answers", "config", "data", "errors", "records", "runs", "sampling", "scoring", "selection"}
-    | {"sets", "tokenizer", "training", "verifier", "weights"},
+    "pruner": {"answers", "config", "data", "errors", "parallel", "records", "runs", "sampling", "scoring"}
+    | {"selection", "sets", "tokenizer", "training", "verifier", "weights"},
     "synthesis": {"errors", "answers", "records", "data", "sampling", "chat"},
     "mme_cot": {"chat", "config", "errors", "records"},
     "metrics": {"answers"},
@@ -56,8 +56,8 @@ BUDGETS = {
     "losses.py": 260,
     "model.py": 260,
     "view.py": 150,
-    "pruner.py": 365,
-    "selection.py": 170,
+    "pruner.py": 375,
+    "selection.py": 175,
     "recipes/experiment.py": 275,
     "recipes/tables.py": 140,
     "recipes/work.py": 70,

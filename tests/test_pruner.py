@@ -397,7 +397,7 @@ def test_choose_by_hand():
     assert run([0.9, 0.9, 0.1], graded, 4) == ["abd"]
     assert run([0.9, 0.9, 0.1], graded, 2) == ["ab"]
     assert run([0.9, 0.9, 0.1], graded, 1) == []  # below one token and the layout
-    assert run([0.9, 0.8, 0.7], sure, 10) == ["acd", "efgh", "jkl"]  # 2.6 are left of 10, the third has 3.7
+    assert run([0.9, 0.8, 0.7], sure, 10) == ["ad", "efgh", "ijkl"]  # 2.6 are left, half of 3.7 fits
     assert run([0.9, 0.8, 0.7], None, 11) == ["abcd", "efgh"] and run([0.4, 0.3, 0.2], None, 9) == ["abcd"]
     assert run([0.9, 0.8, 0.7], None, 3) == []
 
