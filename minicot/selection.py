@@ -101,9 +101,15 @@ class Encoder:
             yield from ((one, row[len(prefix) : len(prefix) + len(one)]) for one, row in zip(part, states))
 
     def shots(self, texts, before=""):
-        """Texts of shots -> a list of Shot."""
+        """Texts of shots -> a list of Shot. Kept ids are decoded to text, so a tokenizer that does not give a
+        text back as it was is refused."""
         new = [text for text in dict.fromkeys(texts) if (before, text) not in self.cache]
         for text, (ids, states) in zip(new, self.read(new, before)):
+            if self.tokenizer.decode(ids) != text:
+                raise InputError(
+                    f"the tokenizer of the encoder {self.tokenizer.folder} reads {text!r:.60} as "
+                    f"{self.tokenizer.decode(ids)!r:.60}; allowed: one that gives a text back as it was"
+                )
             forced = set(self.tokenizer.tokens_at(text, layout(text)))
             free = torch.tensor([i not in forced for i in range(len(ids))], device=states.device)
             self.cache[before, text] = Shot(ids, free, states.clone())

@@ -247,6 +247,13 @@ def test_encoder_states_are_computed_once_and_are_those_of_a_single_text(encoder
         fresh.shots(["Q" * 500], "A" * 30)
 
 
+def test_a_tokenizer_that_changes_a_text_is_no_encoders(other_folder):
+    file = other_folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "Lowercase"}}))
+    with pytest.raises(InputError, match="reads 'Q: Why.* as 'q: why.*allowed: one that gives a text back"):
+        load_encoder(other_folder, None, torch.float32).shots(["Q: Why?\nA: So.\n\n"])
+
+
 # ---- the frozen model as judge -------------------------------------------------------------------
 
 
