@@ -424,7 +424,8 @@ def assess_samples(config, device):
 # ---- the script ----------------------------------------------------------------------------------
 
 ASKS_A_SERVER = ("concurrency", "timeout", "dry_run", "cache")  # flags that a model folder has no use for
-ASKS_A_FOLDER = ("verifier", "assess", "chat_template", "device", "dtype", "batch_size", "blind", "prune")
+ASKS_A_FOLDER = ("verifier", "assess", "chat_template", "device", "dtype", "batch_size", "blind")  # a server
+ASKS_A_FOLDER += ("prune",)
 
 
 def of_folder(config, device, *, temperature, length, **asking):
@@ -479,6 +480,7 @@ def main(config):
         check(not (config.evaluate and config.dry_run), "--dry-run", "given", "without --evaluate")
     used = config.html or config.verifier or config.assess
     check(used or not config.samples, "--samples", config.samples, "only with --html, --verifier or --assess")
+    check(not (used and config.prune), "--prune", config.prune, "nothing, where --samples are read")
     beside = config.assess or config.evaluate
     check(not (config.html and beside), "--html", config.html, "no --assess or --evaluate beside it")
     for flag in ("assess", "endpoint") if size() > 1 else ():

@@ -768,6 +768,10 @@ def test_bad_input_ends_in_one_line(words, parts, trained):
         (["--budget", 9], ["--budget is 9", "only with --prune"]),
         (["--shots", "pool.jsonl"], ["--shots", "only with --prune"]),
         (
+            ["--prune", "pruner", "--assess", "--samples", "x"],
+            ["--prune", "nothing, where --samples are read"],
+        ),
+        (
             ["--prune", "pruner", "--endpoint", "http://localhost:1/v1", "--model", "m"],
             ["--prune", "without --end"],
         ),
