@@ -9,6 +9,7 @@
     python sample.py --verifier runs/prm --samples runs/samples.jsonl --out runs/scored.jsonl  # a PRM
     python sample.py --samples runs/samples.jsonl --html page.html  # a page to read them in
     python sample.py --assess --model runs/sft --samples runs/samples.jsonl --out runs/assessed.json
+    python sample.py --evaluate --model LM --data FILE --prune runs/pruner --shots pool.jsonl --budget 256
     python sample.py --endpoint http://localhost:8000/v1 --model NAME --n 8 --out runs/samples.jsonl
 
 `samples` is one problem's Samples, `sampled` a list or a stream of them.
@@ -41,6 +42,7 @@ from minicot.data import IMAGE, grade_answers, image_reader, open_pictures, read
 from minicot.errors import InputError
 from minicot.metrics import accuracy, assessment, degeneration, majority_accuracy, pass_at_k
 from minicot.parallel import first, from_first, quiet, size, spread
+from minicot.pruner import prune_by
 from minicot.records import Problem, Response, Samples, read_samples, samples_to_row
 from minicot.sampling import sample_groups
 from minicot.sets import TOYS, default_length, read_problems, style_of
@@ -423,6 +425,7 @@ def assess_samples(config, device):
 
 ASKS_A_SERVER = ("concurrency", "timeout", "dry_run", "cache")  # flags that a model folder has no use for
 ASKS_A_FOLDER = ("verifier", "assess", "chat_template", "device", "dtype", "batch_size", "blind")  # a server
+ASKS_A_FOLDER += ("prune",)
 
 
 def of_folder(config, device, *, temperature, length, **asking):
@@ -461,6 +464,7 @@ def main(config):
     style = config.style or style_of(config.data)
     check(style in STYLES, "--style", style, ", ".join(STYLES))
     owners = dict.fromkeys(("truncate_words", "token_scores", "aggregate", "ref"), "verifier")
+    owners |= dict.fromkeys(("shots", "budget", "encoder"), "prune")
     for name, mode in (owners | {"reference": "assess"}).items():
         flag, value = "--" + name.replace("_", "-"), getattr(config, name)
         unset = value == getattr(SampleConfig, name)
@@ -476,6 +480,7 @@ def main(config):
         check(not (config.evaluate and config.dry_run), "--dry-run", "given", "without --evaluate")
     used = config.html or config.verifier or config.assess
     check(used or not config.samples, "--samples", config.samples, "only with --html, --verifier or --assess")
+    check(not (used and config.prune), "--prune", config.prune, "nothing, where --samples are read")
     beside = config.assess or config.evaluate
     check(not (config.html and beside), "--html", config.html, "no --assess or --evaluate beside it")
     for flag in ("assess", "endpoint") if size() > 1 else ():
@@ -493,6 +498,11 @@ def main(config):
         problems = [Problem(id="typed", question=config.question, **image if config.image else {})]
     else:
         problems = read_problems(config.data, config.split, limit=config.limit or (5 if showing else 0))
+    if config.prune:
+        tokenizer = Tokenizer(find_model(config.model), config.chat_template)
+        how = dict(encoder=config.encoder, device=device, dtype=getattr(torch, config.dtype))
+        kept = prune_by(config.prune, problems, config.shots, config.budget, tokenizer=tokenizer, **how)
+        problems = [one.problem for one in kept]
     default = 0.0 if showing and config.n == 1 else 1.0
     grader = grade_steps if config.reward == "steps" else grade_answers
     asking = dict(

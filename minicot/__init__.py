@@ -20,6 +20,8 @@ Read in this order:
     synthesis.py   solutions by a teacher, step labels by rollouts
     mme_cot/       MME-CoT: a cache of what judges say of a model's chains, scored as the official scripts do
     verifier.py    judging responses, by a DPO or a reward model, and choosing: best-of-n, weighted vote
+    selection.py   worked examples before a question: retrieved, and fitted into a budget of tokens
+    pruner.py      CoT-Influx: learn which examples and which of their tokens to keep; its loop stands there
     metrics.py     accuracies with intervals
     view.py        a page to read chains in, of the template view.html
     training.py    what a training loop needs besides the loop, which stands in train.py

@@ -240,6 +240,10 @@ class SampleConfig(Flags):
         "model", "", "scores --samples -> --out: a DPO model, by log pi - log pi_ref, or a reward model"
     )
     ref: str = flag("model", "", "--verifier: a DPO model's reference, the folder that DPO started from")
+    prune: str = flag("model", "", "a pruner's folder, which cuts the problems' shots down (see pruner.py)")
+    shots: str = flag("data", "", "--prune: a pool of shots, rows with question and solution, to choose from")
+    budget: int = flag("method", 0, "--prune: most tokens of the shots (0 = the pruner's target)", least=0)
+    encoder: str = flag("model", "", "--prune: the folder of the pruner's encoder, where it has moved")
     device: Literal["auto", "cpu", "cuda"] = DEVICE
     dtype: Literal["float32", "bfloat16", "float64"] = flag("model", "float32", "of weights and arithmetic")
     evaluate: bool = flag("method", False, "greedy accuracy and, with --n over 1, majority@k and pass@k")

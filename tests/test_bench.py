@@ -24,10 +24,11 @@ def test_every_row_of_steps_and_generation_runs_and_prints():
         *bench.group_row("group", "tiny", CPU, 1, B=2, K=3, P=6, R=5, peers=peers),
         *bench.generation_row("tiny", CPU, 1, prompts=2, P=6, n=2, new=3),
         *bench.prm_row("tiny", CPU, 1, K=4, P=6, R=32),
+        *bench.policy_row("toy 1M", CPU, 1, B=1, R=2, k=1, new=2),  # the toy tokenizer has 512 ids
     ]
     if TRL:
         results += bench.grpo_row("tiny", CPU, 1, B=2, K=4, P=6, new=5)
-    assert len(results) == 2 + 3 + len(TRL) + 3 + 1 + 1 + len(TRL)
+    assert len(results) == 2 + 3 + len(TRL) + 3 + 1 + 1 + 1 + len(TRL)
     for result in json.loads(json.dumps(results)):
         ratio = result["theirs"][0] / result["ours"][0]
         assert result["ratio"] == [ratio] * 3 and ratio > 0

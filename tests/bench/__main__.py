@@ -36,6 +36,7 @@ from tests.bench.sides import (
     make_batch,
     make_sides,
     multiplications,
+    policy_sides,
     prm_sides,
 )
 from tests.bench.sides import our_model, step, their_model
@@ -188,6 +189,13 @@ def prm_row(model, device, rounds, *, K, P, R):
         yield result | {"reached": {"tokens": result["ratio"][1] / bounds["tokens"]}}
 
 
+def policy_row(model, device, rounds, *, B, R, k, new):
+    """A step of CoT-Influx's pruner beside the naive loop: one prompt at a time, its shots encoded anew."""
+    seconds = in_turn(policy_sides(model, device, B=B, R=R, k=k, new=new), device, rounds)
+    shape = f"B {B}, {R} repeats, {k} shots, {new} new"
+    yield from against(seconds, B * R * new, work="policy step", model=model, B=B, R=R, K=k, shape=shape)
+
+
 def memory_row(work, model, device, _rounds, *, rows, K, P, R, peers):
     """Peak memory of a step above weights and batch, each side in a process of its own."""
     lengths = [[p, [r]] for p, r in gsm8k_lengths(rows)] if P == "GSM8K" else [[P, [R] * K]] * (rows // K)
@@ -235,6 +243,7 @@ def table(device):
             prompts = 32 if n < 32 or cuda else 4  # on a CPU a round of 32 prompts would take minutes
             rows.append((generation_row, [model], dict(prompts=prompts, P=P, n=n, new=48)))
         rows.append((prm_row, [model], dict(K=32, P=256, R=64)))
+        rows.append((policy_row, [model], dict(B=2 * B, R=10, k=4, new=48)))
         for P in (64, 256) if trl else []:
             rows.append((grpo_row, [model], dict(B=2 * B, K=8, P=P, new=48)))
         plain = ["plain", "transformers"]

@@ -32,6 +32,7 @@ count the prompt and response tokens of all rows of a step, shared or not; of a 
 | plain | `score_plain`: one padded forward, all logits |
 | transformers | Llama or Llava, one padded forward, all logits; its own loss for SFT, else ours |
 | TRL | `DPOTrainer.compute_loss`, the reference's log-probabilities given |
+| naive | of a policy step (`pruner.py`): one prompt at a time, its shots encoded anew |
 
 Two bounds say what sharing prompts can give over "padded" at most, with K responses of R tokens to a prompt
 of P: the token bound K(P+R)/(P+KR), as if all work were a token's own, and the work bound, which counts what

@@ -5,6 +5,7 @@
     plain          score_plain(): one padded forward, all logits
     transformers   Llama or Llava, one padded forward, all logits; its own loss for SFT, else ours
     TRL            DPOTrainer.compute_loss, reference log-probabilities precomputed; GRPOTrainer
+    policy step    pruner.py: repeats in one batch, a shot encoded once; naive: one prompt at a time
     PRM scoring    step_logits(): the shared prompt once; padded: step_logits_plain(), one padded forward
 
 All have the same weights and the same batch on the device, and a step is forward + backward: no optimizer.
@@ -23,10 +24,15 @@ import torch.nn.functional as F
 from minicot.data import Row, collate, to_groups
 from minicot.losses import aft_loss, better_than, dpo_loss, group_advantages, grpo_loss, sequence_logps
 from minicot.losses import sft_loss, token_logps
+from minicot.pruner import Pruner, judge_by, leave_one_out, log_policy, look, reward, rollout, sample_actions
+from minicot.records import shot_text
 from minicot.model import ModelConfig, RewardModel, Transformer
 from minicot.sampling import generate
+from minicot.selection import Encoder, size_by, texts_of
 from minicot.scoring import chunked_logps, score, score_plain, step_logits, step_logits_plain
-from minicot.training import clip_gradients, make_optimizer
+from minicot.sets import read_problems
+from minicot.tokenizer import Tokenizer
+from minicot.training import clip_gradients, make_optimizer, resolve
 from minicot.vision import VisionConfig, VisionLanguageConfig, VisionLanguageModel
 from minicot.weights import llava_name, save_model
 
@@ -306,6 +312,65 @@ def prm_sides(name, device, *, K, P, R, step=16):
     apart, spread = (ours() - padded()).abs().max().item(), padded().std().item()
     assert apart <= (5e-2 if device.type == "cuda" else 1e-3) * spread, f"logits {apart:.1e} apart"
     return {"minicot": ours, "padded": padded}
+
+
+# ---- a step of CoT-Influx's pruner ---------------------------------------------------------------
+
+
+def one_by_one(pruner, encoder, problem, repeats, seed):
+    """The naive loop, the oracle of `rollout`: yields (pruned problem, its log pi) for each repeat, the shots
+    encoded anew for each. The actions are those that rollout draws."""
+    for r in range(repeats):
+        encoder.cache.clear()
+        seen = look(encoder, problem)
+        z_shot, z_token = pruner(seen.states, seen.real)
+        drawn = sample_actions(z_shot, z_token, repeats, torch.Generator().manual_seed(seed))
+        shots, tokens = (actions[r : r + 1] for actions in drawn)
+        keep = (shots[:, :, None] & (tokens | ~seen.free) & seen.real)[0].tolist()
+        pruned = replace(problem, shots=texts_of(seen.ids, keep, encoder.decode))
+        yield pruned, log_policy(z_shot, z_token, shots, tokens, seen.free)[0]
+
+
+def policy_sides(name, device, *, B, R, k, new):
+    """{side: function of a policy step}: R prunings of k shots before each of B toy questions, scored and
+    answered by the frozen model (`new` tokens at most), REINFORCE's gradient. No shot's states are cached
+    when a step begins, as in a first pass over the data. Before: both have the same rewards and gradients."""
+    model, tokenizer = our_model(name, device).eval(), Tokenizer(resolve("toy"))
+    rows = read_problems("toy", "train", limit=B * (k + 1))
+    texts = [shot_text(row.question, row.solution) for row in rows[B:]]
+    problems = [replace(row, shots=texts[b * k : b * k + k]) for b, row in enumerate(rows[:B])]
+    encoder, size = Encoder(model, tokenizer), size_by(tokenizer)
+    judge = judge_by(model, tokenizer, mode="plain", style="hash", max_new_tokens=new)
+    pruner = Pruner(model.config.hidden_size, seed=3).to(device)
+    target = sum(map(size, texts)) // (2 * B)
+
+    def learn_from(pruned, logps, losses, correct):
+        t = torch.tensor([[sum(map(size, one.shots)) for one in group] for group in pruned])
+        rewards = reward(losses, correct, t, target)
+        pruner.zero_grad(set_to_none=True)
+        (-(leave_one_out(rewards).to(logps) * logps).mean()).backward()
+        return rewards, [p.grad.clone() for p in pruner.parameters()]
+
+    def ours():
+        encoder.cache.clear()
+        rolled = [rollout(pruner, encoder, one, R, b) for b, one in enumerate(problems)]
+        pruned = [one.pruned for one in rolled]
+        return learn_from(pruned, torch.stack([one.logps for one in rolled]), *judge(pruned))
+
+    def naive():
+        rolled = [list(one_by_one(pruner, encoder, one, R, b)) for b, one in enumerate(problems)]
+        found = [[judge([[one]]) for one, _ in group] for group in rolled]
+        losses, correct = (torch.stack([torch.cat([f[i][0] for f in row]) for row in found]) for i in (0, 1))
+        logps = torch.stack([torch.stack([logp for _, logp in group]) for group in rolled])
+        return learn_from([[one for one, _ in group] for group in rolled], logps, losses, correct)
+
+    (our_rewards, our_gradient), (rewards, gradient) = ours(), naive()
+    tolerance = 5e-2 if device.type == "cuda" else 1e-3
+    apart = sum((a - b).square().sum() for a, b in zip(our_gradient, gradient)).sqrt()
+    length = sum(g.square().sum() for g in gradient).sqrt()
+    assert (our_rewards - rewards).abs().max() <= tolerance * rewards.abs().max(), "rewards differ"
+    assert apart <= tolerance * length, f"gradients {apart / length:.1e} apart"
+    return {"minicot": ours, "naive": naive}
 
 
 # ---- a GRPO step ---------------------------------------------------------------------------------
