@@ -144,7 +144,7 @@ def step_scores(chains, path):
     save(fig, path)
 
 
-def best_of_n(rows, path):
+def best_of_n(rows, path, xlabel="samples n"):
     """Metrics of models, those called "<way of choosing>@<n>" -> accuracy over n, a line a way: means over
     the rows that have them."""
     found = {}
@@ -158,7 +158,7 @@ def best_of_n(rows, path):
     ticks = sorted({n for points in found.values() for n, _ in points})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, list(map(str, ticks)))
-    axes.set(xlabel="samples n", ylabel="accuracy (%)")
+    axes.set(xlabel=xlabel, ylabel="accuracy (%)")
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save(fig, path)
 

@@ -72,7 +72,7 @@ class Cell:
     """A command or a function, at each seed, and what it makes."""
 
     name: str
-    work: tuple  # (script, *switches), (function, *inputs), or () for another name of the cell `of`
+    work: tuple  # (script or module, *switches), (function, *inputs); () for another name of the cell `of`
     makes: str  # a file, or a model folder, in the cell's own folder
     flags: dict = field(default_factory=dict)  # of a command; None is left out
     of: "Cell | None" = None  # the cell in whose folder, and at whose setting, this one lives
@@ -119,8 +119,8 @@ class Experiment(Worker):
     # -- declaring
 
     def model(self, name, script, *switches, grid=None, at=(), seeds=10**6, table=None, **flags):
-        """A model that train.py or align.py makes: a row of the tables. A name "aft@twin" shares its folders
-        with "aft" where their settings agree."""
+        """A model that train.py, align.py or a module makes: a row of the tables. A name "aft@twin" shares
+        its folders with "aft" where their settings agree."""
         assert name not in [cell.name for cell in self.models], f"two models are called {name}"
         work = script, *switches
         self.models.append(Cell(name, work, "model", flags, None, grid or {}, at, seeds, table, self.root))
@@ -136,9 +136,9 @@ class Experiment(Worker):
         self.validations |= {name: one for name, one in other.validations.items() if name in names}
         return found
 
-    def alias(self, name, model):
+    def alias(self, name, model, table=None):
         """Another name of a model, to be read out in another way."""
-        self.models.append(Cell(name, (), "", of=model))
+        self.models.append(Cell(name, (), "", of=model, table=table))
         return self.models[-1]
 
     def samples(self, name, model, *switches, **flags):
@@ -249,7 +249,12 @@ class Experiment(Worker):
             flags = {flag: get(value) for flag, value in flags.items() if value is not None}
             words = [(f"--{flag.replace('_', '-')}", str(value)) for flag, value in flags.items()]
             more = self.train_flags if script == "train.py" else []
-            words = [script, "--overwrite", *rest, *itertools.chain(*words), *more]
+            start = (
+                [script, "--overwrite", *rest]
+                if script.endswith(".py")
+                else ["-m", script, *rest, "--overwrite"]
+            )
+            words = [*start, *itertools.chain(*words), *more]
             line, inputs = shlex.join(["python", *words]), {}
             needs = [flags[flag] for flag in INPUTS if flag in flags]
             work = lambda log: self.command(words, log)
@@ -436,4 +441,4 @@ class Experiment(Worker):
 
 
 DRAW = {"batch_size": 256}  # sequences decoded together
-INPUTS = ("init", "model", "ref", "verifier", "samples", "data", "vision")
+INPUTS = ("init", "model", "ref", "verifier", "samples", "data", "vision", "pruner")

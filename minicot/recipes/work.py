@@ -49,10 +49,13 @@ class Worker:
         write_json(mark, {"command": line, "inputs": inputs, "commit": commit(), "minutes": minutes})
 
     def command(self, words, log):
-        """Run a script, its output going to a file; one that fails ends the recipe with its own last line."""
+        """Run a script, or "-m" and a module, its output going to a file; one that fails ends the recipe with
+        its own last line."""
         environment = os.environ | ({"OMP_NUM_THREADS": "1"} if self.one_thread else {})
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         with open(log, "a") as file:
-            python = [sys.executable, str(ROOT / words[0]), *words[1:]]
+            script = words[0] if words[0] == "-m" else str(ROOT / words[0])
+            python = [sys.executable, script, *words[1:]]
             with self.lock:  # none begins behind the back of end()
                 if self.failure:
                     raise self.failure
