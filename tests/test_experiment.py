@@ -136,8 +136,8 @@ def test_a_cell_may_be_the_command_of_a_module(toy, tmp_path):
         ["-m", "minicot.mme_cot", "score", "--overwrite", "--data", "FILE", "--seed", "0"]
         + ["--out", "runs/recipes/e/m-s0/model", "--device", "cpu"]
     ]
-    Experiment.command(E, ["-m", "minicot.mme_cot", "--help"], log := tmp_path / "log.txt")
-    assert "score" in log.read_text()  # found from any folder
+    Experiment.command(E, ["-m", "minicot.mme_cot", "score", "--help"], log := tmp_path / "log.txt")
+    assert "--dataset" in log.read_text()  # found from any folder
 
 
 def test_the_base_model_counts_among_a_cells_inputs(toy, monkeypatch):
