@@ -1,23 +1,28 @@
 """The world in which worked examples matter: a convention that holds in one prompt and that its shots show.
 
-    Q: Kim has 2 bo, found 3 pens. Ana is at the inn. How many pens?
-    A: Think step by step. 2 bo x 6 = 12. 12 + 3 = 15. #### 15
+    Q: Kim has 2 Zoe bags, found 3 pens. Ana is at the inn. How many pens?
+    A: Think step by step. 2 Zoe x 6 = 12. 12 + 3 = 15. #### 15
 
-    Q: Tom has 4 bo and 5 cups. How many cups?
+    Q: Tom has 4 Zoe bags and 5 cups. How many cups?
     A:
 
-What a bo is holds in this prompt alone: no shot explains it, some use it. Other shots use other units, name a
-bo without its value ("5 bo, lost 2 bo. How many bo?"), or have no unit; about two fifths of the words are
-filler. So a question needs one or two of the 6 to 8 shots, likeness to it doesn't tell which, and of these it
-needs a few words: what a pruner of shots and of words (CoT-Influx, arXiv 2312.08901) has to find out.
+A unit is a bag that somebody's name is given to; how many things a Zoe bag holds is true in this prompt
+alone. No shot explains it, some use it. Other shots use other bags, name a Zoe bag without its value ("5 Zoe
+bags, lost 2 Zoe bags. How many Zoe bags?"), or have no unit; nearly two fifths of the words are filler. So a
+question needs one or two of the 6 to 8 shots, likeness to it doesn't tell which, and of these it needs a few
+words: what a pruner of shots and of words (CoT-Influx, arXiv 2312.08901) has to find out.
+
+The units have people's names because the base, which was drilled in those, finds a number by them at once:
+after one drill of 8,000 rows on both it looked up all of 1,048 values by a name, and one in four (chance:
+there were four) by a made-up word such as "bo".
 
 An Item is one exercise, asked or worked. Its difficulty is its steps, of which each is one operation, and one
 more for each conversion, whose value stands elsewhere. Five evolutions rewrite it as MRD3's do (named there:
 three harder ones, one easier, one to a difficulty); mrd3_row writes it as MRD3's rows are.
 
     python -m minicot.toy.shots --rows 8000 --out runs/in-context
-    stage() { python train.py --mode plain --save-every 0 "$@"; }
-    stage --init toy --data runs/in-context/drill.jsonl --out runs/in-context/drilled
+    stage() { python train.py --mode plain --no-group-by-length --save-every 0 "$@"; }
+    stage --init toy --data runs/in-context/drill.jsonl --out runs/in-context/drilled --batch-size 16
     stage --init runs/in-context/drilled --data runs/in-context/short.jsonl --out runs/in-context/shown
     stage --init runs/in-context/shown --data runs/in-context/full.jsonl --out runs/in-context/base
     python sample.py --evaluate --model runs/in-context/base --data runs/in-context/test-all.jsonl
@@ -28,21 +33,20 @@ VARIANTS). The scenes that it learns from are drawn from seeds that rows() never
 
 import argparse
 import hashlib
-import json
 import random
 import re
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 from minicot.records import shot_text
+from minicot.toy.base_text import FIRST_SEED, write_rows
 from minicot.toy.problems import ITEMS, NAMES, scenes_in_split
 
-UNITS = ("bo", "lo", "wi", "nu", "fou", "les", "fir", "tim")  # one token each of the toy tokenizer
 VALUES = range(2, 10)
 LARGEST = 99  # no number of a chain is above it, none below 2
-FIRST_SEED = 10_000_000  # of the in-context base, far from the seeds that rows() walks through
-FILLER_SHARE, MOST_WORDS = 0.4, 330  # of the shots together; punctuation counts as a word
+FILLER_SHARE, MOST_WORDS = 0.4, 340  # of the shots together; punctuation counts as a word
 
 FILLER = (
     "{p} is at the {w}.",
@@ -57,10 +61,15 @@ FILLER = (
 ASIDES = ("Think step by step.", "Step by step.", "{p} did that with {q}.", "{p} is so {m}.")
 PLACES, MOODS = ("inn", "hall", "bay", "den"), ("dim", "calm", "sad", "tan", "old")
 SLOTS = {slot: f"(?:{'|'.join(words)})" for slot, words in zip("pqwm", (NAMES, NAMES, PLACES, MOODS))}
-FILLER_TEXT = re.compile(
-    "|".join(rf" ?\b{said.replace('.', '[.]').format(**SLOTS, n='[0-9]+')}" for said in FILLER + ASIDES)
-)
 WORD = re.compile(r" ?\d+| ?[A-Za-z]+| ?[^\sA-Za-z\d]+|\s+")
+KINDS = {
+    "filler": "|".join(f" {said.replace('.', '[.]').format(**SLOTS, n='[0-9]')}" for said in FILLER + ASIDES),
+    "number": r" \d+",
+    "operator": r" [-+=]| x(?= \d)",
+    "unit": rf" {SLOTS['p']}(?= bags| x)| bags",
+    "other": WORD.pattern,
+}
+KIND = re.compile("|".join(f"(?P<{kind}>{pattern})" for kind, pattern in KINDS.items()))
 
 
 # ---- an exercise ---------------------------------------------------------------------------------
@@ -89,14 +98,14 @@ class Item:
     @property
     def operations(self) -> list[tuple[str, int]]:
         """Each operation as text and its result: the conversions, the joins, the factor."""
-        done = [(f"{t.count} {t.unit} x {t.value}", t.count * t.value) for t in self.terms if t.unit]
-        total = self.terms[0].count * self.terms[0].value
-        for term in self.terms[1:]:
-            part = term.count * term.value
-            said = f"{total} {'+' if term.sign > 0 else '-'} {part}"
-            total += term.sign * part
-            done.append((said, total))
-        return done + [(f"{total} x {self.factor}", total * self.factor)] * (self.factor > 1)
+        conversions = [(f"{t.count} {t.unit} x {t.value}", t.count * t.value) for t in self.terms if t.unit]
+        totals = list(accumulate(t.sign * t.count * t.value for t in self.terms))
+        joins = [
+            (f"{before} {'+' if t.sign > 0 else '-'} {t.count * t.value}", after)
+            for before, t, after in zip(totals, self.terms[1:], totals[1:])
+        ]
+        times = [(f"{totals[-1]} x {self.factor}", totals[-1] * self.factor)] if self.factor > 1 else []
+        return conversions + joins + times
 
     @property
     def answer(self) -> int:
@@ -114,19 +123,20 @@ class Item:
     @property
     def valid(self) -> bool:
         """Something to compute, from a first term that is there, and every number within 2..LARGEST."""
-        done = self.operations if self.terms and self.terms[0].sign > 0 else []
-        return bool(done) and all(2 <= result <= LARGEST for _, result in done)
+        if not self.terms or self.terms[0].sign < 0 or not self.operations:
+            return False
+        return all(2 <= result <= LARGEST for _, result in self.operations)
 
     @property
     def told(self) -> list[str]:
         """The question's two sentences: what there is, what is asked."""
-        rng, parts = random.Random(self.style), []
+        rng, said = random.Random(self.style), self.who
         for place, term in enumerate(self.terms):
             joins = (", found", ", bought", " and") if term.sign > 0 else (", lost", ", gave away")
             verb = rng.choice(joins if place else (" has", " owns", " had"))
-            parts.append(f"{verb} {term.count} {term.unit or self.thing}")
+            said += f"{verb} {term.count} {f'{term.unit} bags' if term.unit else self.thing}"
         times = f", all that {self.factor} times" if self.factor > 1 else ""
-        return [f"{self.who}{''.join(parts)}{times}.", f"How many {self.thing}?"]
+        return [f"{said}{times}.", f"How many {self.thing}?"]
 
     @property
     def question(self) -> str:
@@ -137,13 +147,13 @@ class Item:
         return " ".join([*self.steps, f"#### {self.answer}"])
 
 
-def draw_item(rng, units=(), loose=0, thing=None, factor=1):
-    """A valid Item with a term for each (unit, value) of `units` and `loose` terms without one."""
+def draw_item(rng, people, units=(), loose=0, thing=None, factor=1):
+    """A valid Item of one of `people`: a term for each (unit, value) of `units`, and `loose` without one."""
     while True:  # rejection: a try fails where a number is too small or too large
         terms = [Term(rng.choice((1, 1, -1)), rng.randint(2, 5), *unit) for unit in units]
         terms += [Term(rng.choice((1, 1, -1)), rng.randint(2, 20)) for _ in range(loose)]
         rng.shuffle(terms)
-        who, what = rng.choice(NAMES), thing or rng.choice(ITEMS)
+        who, what = rng.choice(people), thing or rng.choice(ITEMS)
         item = Item(who, what, tuple(terms), factor, rng.randrange(1000))
         if item.valid:
             return item
@@ -151,9 +161,14 @@ def draw_item(rng, units=(), loose=0, thing=None, factor=1):
 
 def mrd3_row(item: Item) -> dict:
     """An Item as a row of MRD3, all of it text."""
-    row = {"instruction": item.question, "input": "", "output": item.solution, "answer": item.answer}
-    row |= {"difficulty": item.difficulty, "steps": len(item.steps)}
-    return {name: str(value) for name, value in row.items()}
+    return {
+        "instruction": item.question,
+        "input": "",
+        "output": item.solution,
+        "answer": str(item.answer),
+        "difficulty": str(item.difficulty),
+        "steps": str(len(item.steps)),
+    }
 
 
 # ---- MRD3's five evolutions: (Item, seed) -> Item ------------------------------------------------
@@ -213,21 +228,25 @@ def revise_difficulty(item: Item, seed: int, difficulty: int) -> Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is asked, and what each unit of the prompt is worth; the asked ones stand first."""
+    """What is asked, what each unit of the prompt is worth (the asked ones stand first), and the people in
+    it, nobody whose name a unit has."""
 
     id: str
     asked: Item
     units: tuple[tuple[str, int], ...]
+    people: tuple[str, ...]
 
 
 def make_scene(seed: int) -> Scene:
     """The scene of a seed: four units of four values, of which the question uses one, or two (three times in
     ten); with one, a join follows two times in three, a factor one time in six."""
     rng = random.Random(f"shots {seed}")
-    units = tuple(zip(rng.sample(UNITS, 4), rng.sample(VALUES, 4)))
+    names = rng.sample(NAMES, len(NAMES))
+    units, people = tuple(zip(names[:4], rng.sample(VALUES, 4))), tuple(names[4:])
     used = rng.choice((1,) * 7 + (2,) * 3)
     loose = rng.choice((0, 1, 1)) if used == 1 else 0
-    return Scene(f"shots-{seed}", draw_item(rng, units[:used], loose, factor=rng.choice((1,) * 5 + (2,))), units)
+    asked = draw_item(rng, people, units[:used], loose, factor=rng.choice((1,) * 5 + (2,)))
+    return Scene(f"shots-{seed}", asked, units, people)
 
 
 def split_of(scene: Scene) -> str:
@@ -241,42 +260,36 @@ def split_of(scene: Scene) -> str:
 def word_kinds(shot: str) -> list[tuple[str, str]]:
     """A whole shot as [(word, kind)]: the words with the space before them, which joined are the shot again;
     "filler" (a sentence of FILLER or ASIDES), "number", "operator", "unit" or "other"."""
-    spans = [match.span() for match in FILLER_TEXT.finditer(shot)]
-    kind_of = lambda word: (
-        "number" if word.isdigit() else "operator" if word in "+-x=" else "unit" if word in UNITS else "other"
-    )
-    return [
-        (one[0], "filler" if any(a <= one.start() < b for a, b in spans) else kind_of(one[0].strip() or "\n"))
-        for one in WORD.finditer(shot)
-    ]
+    return [(word, one.lastgroup) for one in KIND.finditer(shot) for word in WORD.findall(one[0])]
 
 
 def shots_of(scene: Scene) -> list[tuple[str, str]]:
     """The candidate shots as [(text, the unit whose value it shows or "")], in random order."""
     rng = random.Random(f"shots of {scene.id}")
     used = [(term.unit, term.value) for term in scene.asked.terms if term.unit]
-    others, kinds = [unit for unit in scene.units if unit not in used], ("other", "mention", "plain")
+    others = [unit for unit in scene.units if unit not in used]
     plan = [("show", unit) for unit in used for _ in range(rng.choice((1, 1, 2)))]
     plan += [("other", rng.choice(others)), ("mention", rng.choice(used)), ("plain", None)]
     while len(plan) < 6 or (len(plan) < 8 and rng.random() < 0.7):
-        kind = rng.choice(kinds)
+        kind = rng.choice(("other", "mention", "plain"))
         plan.append((kind, rng.choice(others if kind == "other" else used)))
     rng.shuffle(plan)
-    told, shows = [], []
-    for kind, unit in plan:
-        shown = [unit] * (kind in ("show", "other"))
+    told, shows = [], [unit[0] if kind in ("show", "other") else "" for kind, unit in plan]
+    for (kind, unit), shown in zip(plan, shows):
+        thing = f"{unit[0]} bags" if kind == "mention" else None
         loose = rng.choice((0, 0, 1)) if shown else 2
-        item = draw_item(rng, shown, loose, thing=unit[0] if kind == "mention" else None)
+        item = draw_item(rng, scene.people, [unit] if shown else [], loose, thing)
         told.append((item.told, [*item.steps, f"#### {item.answer}"]))
-        shows.append(unit[0] if shown else "")
-    count = lambda: len(WORD.findall("".join(texts())))
     texts = lambda: [shot_text(" ".join(asked), " ".join(chain)) for asked, chain in told]
-    most = min(MOST_WORDS, count() / (1 - FILLER_SHARE))
-    while count() < most:
+    words = len(WORD.findall("".join(texts())))
+    most = min(MOST_WORDS, words / (1 - FILLER_SHARE))
+    while words < most:
         shot, part = rng.choice(told), rng.choice((0, 0, 0, 1))
-        words = {"p": rng.choice(NAMES), "q": rng.choice(NAMES), "n": rng.randint(2, 9)}
-        said = rng.choice((FILLER, ASIDES)[part]).format(w=rng.choice(PLACES), m=rng.choice(MOODS), **words)
+        (p, q), n = rng.sample(scene.people, 2), rng.randint(2, 9)
+        slots = {"p": p, "q": q, "n": n, "w": rng.choice(PLACES), "m": rng.choice(MOODS)}
+        said = rng.choice((FILLER, ASIDES)[part]).format(**slots)
         shot[part].insert(rng.randrange(len(shot[part])), said)
+        words += len(WORD.findall(f" {said}"))
     return list(zip(texts(), shows))
 
 
@@ -284,8 +297,7 @@ def row_of(scene: Scene) -> dict:
     """A scene as a row: id, question, answer, solution, steps, shots; difficulty; shows (for each shot the
     unit whose value it shows, or ""); needed (the places of the shots that show a unit of the question; one
     for each of these units is enough); units (their values)."""
-    texts, shows = zip(*shots_of(scene))
-    asked = scene.asked
+    (texts, shows), asked = zip(*shots_of(scene)), scene.asked
     used = {term.unit: term.value for term in asked.terms if term.unit}
     return {
         "id": scene.id,
@@ -348,23 +360,16 @@ def thinned(row: dict, most_others: int) -> dict:
 
 
 def drill_rows(n: int) -> list[dict]:
-    """Look-ups alone: what four units are worth, then eight times one of them. As base_text's recall drills
-    names, which the base can do ("lines"), as a chain says it ("chain"), and with the unit said again behind
-    the number ("echo"). A third of the rows look up names instead."""
+    """Look-ups alone: what four units are worth, then eight times one of them; as base_text's recall says it,
+    which the base can do ("lines"), or as a chain does."""
     rng, drilled = random.Random("drill"), []
     for _ in range(n):
-        units = list(zip(rng.sample(rng.choice((UNITS, UNITS, NAMES)), 4), rng.sample(VALUES, 4)))
-        asked, item, how = rng.choices(units, k=8), rng.choice(ITEMS), rng.choice(("lines", "chain", "echo"))
-        if how == "lines":
-            told = [f"{unit}: {item} {value}." for unit, value in units]
-            say = lambda unit, value: f"{unit} has {value}."
-        else:
-            words = "{} {} x {} {}." if how == "echo" else "{} {} x {} = {}."
-            say = lambda unit, value: words.format(
-                count := rng.randint(2, 5), unit, value, unit if how == "echo" else count * value
-            )
-            told = [say(*unit) for unit in units]
-        drilled.append({"question": "\n".join(told), "solution": " ".join(say(*unit) for unit in asked)})
+        units = list(zip(rng.sample(NAMES, 4), rng.sample(VALUES, 4)))
+        asked, item, lines = rng.choices(units, k=8), rng.choice(ITEMS), rng.random() < 0.5
+        chain = lambda unit, value: f"{(count := rng.randint(2, 5))} {unit} x {value} = {count * value}."
+        told = [f"{u}: {item} {value}." if lines else chain(u, value) for u, value in units]
+        said = [f"{u} has {value}." if lines else chain(u, value) for u, value in asked]
+        drilled.append({"question": "\n".join(told), "solution": " ".join(said)})
     return drilled
 
 
@@ -372,24 +377,24 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=8_000, help="rows of each of the three stages")
+    parser.add_argument(
+        "--rows", type=int, default=8_000, help="rows of the short and full stage; half as many drill"
+    )
     parser.add_argument("--test", type=int, default=300, help="test rows of each of VARIANTS")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    if args.rows < 1 or args.test < 1:
-        parser.error(f"--rows is {args.rows}, --test {args.test}; allowed: at least 1")
+    if args.rows < 2 or args.test < 1:
+        parser.error(f"--rows is {args.rows}, --test {args.test}; allowed: at least 2 and 1")
     args.out.mkdir(parents=True, exist_ok=True)
     learned, held_out = rows("train", 2 * args.rows, first_seed=FIRST_SEED), rows("test", args.test)
     files = {
-        "drill": drill_rows(args.rows),
+        "drill": drill_rows(args.rows // 2),
         "short": [thinned(row, 1) for row in learned[: args.rows]],
         "full": [thinned(row, 8) for row in learned[args.rows :]],
         **{f"test-{how}": [vary(row) for row in held_out] for how, vary in VARIANTS.items()},
     }
     for name, made in files.items():
-        with open(args.out / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in made)
-        print(f"{len(made)} rows -> {args.out / name}.jsonl")
+        write_rows(made, args.out / f"{name}.jsonl")
 
 
 if __name__ == "__main__":
