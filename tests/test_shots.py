@@ -277,7 +277,7 @@ def test_the_command_writes_what_the_base_is_made_of(tmp_path):
         [*command, "--rows", "4", "--test", "3", "--out", tmp_path], check=True, capture_output=True
     )
     sizes = {path.stem: len(path.read_text().splitlines()) for path in tmp_path.glob("*.jsonl")}
-    assert sizes == {"drill": 2, "short": 4, "full": 4, **{f"test-{name}": 3 for name in VARIANTS}}
+    assert sizes == {"drill": 2, "short": 4, "full": 2, "more": 2, **{f"test-{name}": 3 for name in VARIANTS}}
     assert [problem.shots for problem in read_problems(str(tmp_path / "test-none.jsonl"))] == [[]] * 3
     assert [problem.meta["needed"] for problem in read_problems(str(tmp_path / "test-needed.jsonl"))][0][
         0

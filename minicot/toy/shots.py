@@ -20,15 +20,17 @@ An Item is one exercise, asked or worked. Its difficulty is its steps, of which 
 more for each conversion, whose value stands elsewhere. Five evolutions rewrite it as MRD3's do (named there:
 three harder ones, one easier, one to a difficulty); mrd3_row writes it as MRD3's rows are.
 
-    python -m minicot.toy.shots --rows 8000 --out runs/in-context
+    python -m minicot.toy.shots --rows 7000 --out runs/in-context
     stage() { python train.py --mode plain --no-group-by-length --save-every 0 "$@"; }
     stage --init toy --data runs/in-context/drill.jsonl --out runs/in-context/drilled --batch-size 16
     stage --init runs/in-context/drilled --data runs/in-context/short.jsonl --out runs/in-context/shown
-    stage --init runs/in-context/shown --data runs/in-context/full.jsonl --out runs/in-context/base
+    stage --init runs/in-context/shown --data runs/in-context/full.jsonl --out runs/in-context/full
+    stage --init runs/in-context/full --data runs/in-context/more.jsonl --out runs/in-context/base
     python sample.py --evaluate --model runs/in-context/base --data runs/in-context/test-all.jsonl
 
 make a base that uses its shots, whole and in telegram style, and measure it (test-<how>.jsonl for each of
-VARIANTS). The scenes that it learns from are drawn from seeds that rows() never reaches.
+VARIANTS): look-ups alone, prompts with few shots, prompts with many, twice. The scenes that it learns from are
+drawn from seeds that rows() never reaches.
 """
 
 import argparse
@@ -378,7 +380,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--rows", type=int, default=8_000, help="rows of the short and full stage; half as many drill"
+        "--rows", type=int, default=7_000, help="of the short stage; of the others half as many"
     )
     parser.add_argument("--test", type=int, default=300, help="test rows of each of VARIANTS")
     parser.add_argument("--out", type=Path, required=True)
@@ -390,7 +392,8 @@ def main():
     files = {
         "drill": drill_rows(args.rows // 2),
         "short": [thinned(row, 1) for row in learned[: args.rows]],
-        "full": [thinned(row, 8) for row in learned[args.rows :]],
+        "full": [thinned(row, 8) for row in learned[args.rows : args.rows * 3 // 2]],
+        "more": [thinned(row, 8) for row in learned[args.rows * 3 // 2 :]],
         **{f"test-{how}": [vary(row) for row in held_out] for how, vary in VARIANTS.items()},
     }
     for name, made in files.items():
