@@ -29,7 +29,7 @@ three harder ones, one easier, one to a difficulty); mrd3_row writes it as MRD3'
     python sample.py --evaluate --model runs/in-context/base --data runs/in-context/test-all.jsonl
 
 make a base that uses its shots, whole and in telegram style, and measure it (test-<how>.jsonl for each of
-VARIANTS): look-ups alone, prompts with few shots, prompts with many, twice. The scenes that it learns from are
+VARIANTS): look-ups alone, prompts of few shots, prompts of many, twice. The scenes that it learns from are
 drawn from seeds that rows() never reaches.
 """
 
