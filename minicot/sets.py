@@ -11,7 +11,7 @@ from pathlib import Path
 from minicot.answers import extract_answer
 from minicot.errors import InputError
 from minicot.records import LETTERS, problem_from_row, read_jsonl, refuse_duplicates
-from minicot.toy import pictures
+from minicot.toy import pictures, shots
 from minicot.toy import problems as toy
 
 
@@ -122,6 +122,7 @@ KNOWN_SETS = {
     **{name: (arithmetic_row, "hash", {}) for name in ("svamp", "multiarith", "addsub", "singleeq")},
 }
 TOYS = {"toy": toy.rows, "toy-pictures": pictures.rows, "toy-pictures-long": pictures.long_rows}
+TOYS |= {"toy-shots": shots.rows}
 TOY_SIZES = {"train": 20_000, "validation": 1_000, "test": 3_000}
 
 
@@ -132,11 +133,11 @@ def style_of(spec):
 
 def default_length(spec):
     """Longest response in tokens where no flag says it."""
-    return {"toy": 96, "toy-pictures": 96, "toy-pictures-long": 160}.get(spec, 256)
+    return {"toy": 96, "toy-pictures": 96, "toy-pictures-long": 160, "toy-shots": 60}.get(spec, 256)
 
 
 def read_problems(spec, split="train", *, limit=0):
-    """`toy`, `toy-pictures`, `gsm8k:PATH` (a folder with train.jsonl / test.jsonl, or one file) or
+    """A name of TOYS, `gsm8k:PATH` (a folder with train.jsonl / test.jsonl, or one file) or
     `file.jsonl` -> list of Problem.
 
     `split` may be a slice, `train[7000:]`. limit > 0 keeps the first problems. InputError names file, line

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "families": {"errors", "model", "vision"},
     "weights": {"errors", "model", "vision", "families"},
     "images": {"errors"},
-    "toy": {"errors", "answers"},
+    "toy": {"errors", "answers", "records"},
     "records": {"errors", "images"},
     "sets": {"errors", "records", "answers", "toy"},
     "data": {"errors", "records", "tokenizer", "answers", "images", "toy"},
@@ -132,7 +132,7 @@ def test_files_stay_within_their_budgets():
     )
     assert total <= 4950, total
     assert sum(map(statements, sources(mme_cot))) <= 690
-    assert sum(map(statements, sources(toy))) <= 900
+    assert sum(map(statements, sources(toy))) <= 1085
     assert sum(map(statements, sources(recipes))) <= 1250
 
 

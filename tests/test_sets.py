@@ -15,7 +15,9 @@ def test_an_empty_file_a_missing_file_and_an_unknown_set_are_errors(tmp_path):
         read_problems(str(jsonl(tmp_path / "empty.jsonl")))
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
         read_problems("nowhere.jsonl")
-    with pytest.raises(ValueError, match="allowed: toy, toy-pictures, toy-pictures-long, gsm8k:PATH"):
+    with pytest.raises(
+        ValueError, match="allowed: toy, toy-pictures, toy-pictures-long, toy-shots, gsm8k:PATH"
+    ):
         read_problems("gsm9k:x")
     with pytest.raises(ValueError, match="allowed for toy"):
         read_problems("toy", "dev")
