@@ -375,6 +375,18 @@ def drill_rows(n: int) -> list[dict]:
     return drilled
 
 
+def stages(n: int) -> dict[str, list[dict]]:
+    """What the base learns from, stage by stage: {name: rows}, n of the short stage, of the others half as
+    many."""
+    learned = rows("train", 2 * n, first_seed=FIRST_SEED)
+    return {
+        "drill": drill_rows(n // 2),
+        "short": [thinned(row, 1) for row in learned[:n]],
+        "full": [thinned(row, 8) for row in learned[n : n * 3 // 2]],
+        "more": [thinned(row, 8) for row in learned[n * 3 // 2 :]],
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -388,14 +400,9 @@ def main():
     if args.rows < 2 or args.test < 1:
         parser.error(f"--rows is {args.rows}, --test {args.test}; allowed: at least 2 and 1")
     args.out.mkdir(parents=True, exist_ok=True)
-    learned, held_out = rows("train", 2 * args.rows, first_seed=FIRST_SEED), rows("test", args.test)
-    files = {
-        "drill": drill_rows(args.rows // 2),
-        "short": [thinned(row, 1) for row in learned[: args.rows]],
-        "full": [thinned(row, 8) for row in learned[args.rows : args.rows * 3 // 2]],
-        "more": [thinned(row, 8) for row in learned[args.rows * 3 // 2 :]],
-        **{f"test-{how}": [vary(row) for row in held_out] for how, vary in VARIANTS.items()},
-    }
+    held_out = rows("test", args.test)
+    tests = {f"test-{how}": [vary(row) for row in held_out] for how, vary in VARIANTS.items()}
+    files = stages(args.rows) | tests
     for name, made in files.items():
         write_rows(made, args.out / f"{name}.jsonl")
 
