@@ -344,7 +344,8 @@ def load_checkpoint(out, model, optimizer):
             parameter.copy_(placed(weights[name], parameter))
     for name, parameter in touched.items():
         keys = {key: placed(state[f"{name}.{key}"], parameter) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": state[f"{name}.step"].reshape(()), **keys}
+        where = parameter.device if optimizer.defaults["fused"] else "cpu"  # as AdamW makes it
+        optimizer.state[parameter] = {"step": state[f"{name}.step"].reshape(()).to(where), **keys}
     return step
 
 

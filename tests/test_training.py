@@ -575,3 +575,22 @@ def test_the_chat_template_is_one_of_a_runs_settings(base, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["chat_template"] == "plain"
     assert_one_line_error(run_train(base, "out", "--resume", cwd=tmp_path), "--resume", "chat_template")
+
+
+def test_the_fused_kernel_that_cuda_takes_makes_the_same_steps():
+    """AdamW's fused kernel exists on a CPU too."""
+    results = []
+    for fused in (True, False):
+        policy = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
+        with torch.no_grad():
+            for i, parameter in enumerate(policy.parameters()):
+                parameter.copy_(torch.linspace(-1, 1 + i, parameter.numel()).view_as(parameter))
+        optimizer = make_optimizer(policy, 1e-2, 0.1)
+        assert optimizer.defaults["fused"] is False
+        optimizer = torch.optim.AdamW(optimizer.param_groups, betas=(0.9, 0.95), fused=fused)
+        for _ in range(3):
+            policy(torch.linspace(-1, 1, 12).view(4, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([parameter.detach() for parameter in policy.parameters()])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
