@@ -23,7 +23,7 @@ from minicot.config import AlignConfig, LoopConfig, SampleConfig, TrainConfig, p
 from minicot.model import ModelConfig, Transformer
 from minicot.runs import load_checkpoint, save_checkpoint
 from minicot.training import lr_at, make_optimizer
-from tests.helpers import assert_one_line_error, finished, script, start
+from tests.helpers import SCRIPTS, assert_one_line_error, finished, script, start
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(
@@ -114,6 +114,50 @@ def test_a_checkpoint_restores_weights_and_optimizer_and_older_ones_go(tmp_path)
     step(model, optimizer), step(other, other_optimizer)
     for a, b in zip(model.parameters(), other.parameters()):
         assert torch.equal(a, b)
+
+
+def test_a_checkpoint_of_another_torch_goes_on_and_says_so(base, tmp_path):
+    run_train(base, "out", "--stop-at", 3, cwd=tmp_path)
+    file = tmp_path / "out" / "checkpoint-3" / "state.json"
+    state = json.loads(file.read_text())
+    assert state["torch"] == torch.__version__
+    file.write_text(json.dumps(state | {"torch": "2.4.0"}))
+    resumed = run_train(base, "out", "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"is of torch 2.4.0, this is {torch.__version__}: the last digits may differ" in resumed.stdout
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+        RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
+        MemoryError(),
+    ],
+)
+@pytest.mark.parametrize("name", ["train.py", "align.py", "sample.py"])
+def test_out_of_memory_names_the_flags_that_take_less(name, error, tmp_path, monkeypatch):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr(SCRIPTS[name][0], "main", fail)
+    done = script(name, cwd=tmp_path)
+    assert_one_line_error(done, "error: out of memory (", "--batch-size", "--dtype")
+    assert ("--checkpoint-activations" in done.stderr) == (name != "sample.py")
+
+
+def test_another_runtime_error_keeps_its_traceback(tmp_path, monkeypatch):
+    def fail(config):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(SCRIPTS["train.py"][0], "main", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        script("train.py", cwd=tmp_path)
+
+
+def test_an_allocation_that_no_machine_has_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(SCRIPTS["train.py"][0], "main", lambda config: torch.empty(2**60))
+    assert_one_line_error(script("train.py", cwd=tmp_path), "out of memory", "--batch-size")
 
 
 def test_a_stopped_and_resumed_run_ends_with_the_same_bits(base, tmp_path):
