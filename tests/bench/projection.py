@@ -144,8 +144,8 @@ def work():
 
 
 def measured(model, batch):
-    """(FLOPs of a forward, of a forward and backward) of score on a batch, as PyTorch counts them, attention by
-    its products (MATH): a causal mask spares nothing there."""
+    """(FLOPs of a forward, of a forward and backward) of score on a batch, as PyTorch counts them, attention
+    by its products (MATH): a causal mask spares nothing there."""
     counts = []
     for backward in (False, True):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
