@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import math
 import operator
+import re
 import signal
 import threading
 import types
@@ -339,10 +340,25 @@ def check(condition, name, value, allowed):
         raise InputError(f"{name} is {value!r}; allowed: {allowed}")
 
 
+LESS_MEMORY = ("batch_size", "max_new_tokens", "accumulate", "checkpoint_activations", "shard", "dtype")
+
+
 def run(main, config_class, argv=None, **choices):
-    """Run a script, see `one_line_ends`; as one of torchrun's processes where it started this one."""
+    """Run a script, see `one_line_ends`; as one of torchrun's processes where it started this one. Where
+    memory runs out, on a GPU or off it, the line names the flags that take less."""
     with parallel.joined() as say, one_line_ends(say):
-        main(parse(config_class, argv, **choices))
+        config = parse(config_class, argv, **choices)
+        try:
+            main(config)
+        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
+            known = isinstance(error, MemoryError) or re.search("out of memory|can't allocate", str(error))
+            if not known:
+                raise
+            flags = [f"--{name.replace('_', '-')}" for name in LESS_MEMORY if hasattr(config, name)]
+            raise InputError(
+                f"out of memory ({str(error).split('. ')[0] or 'of the machine'}); what takes less: smaller "
+                f"{' or '.join(flags[:2])}, {', '.join(flags[2:])}"
+            ) from None
 
 
 @contextmanager

@@ -92,19 +92,25 @@ def rope_frequencies(config: ModelConfig, device=None, dtype=torch.float32) -> t
 
 
 def rope_tables(config: ModelConfig, positions: torch.Tensor, dtype: torch.dtype):
-    """cos and sin of every angle, (N,1,T,D/2) for positions (N,T); float32, or float64 where the model is."""
+    """What `rotate` takes, twice (N,1,T,D) for positions (N,T): the cosine of every angle for both channels
+    of a pair, its sine for the right one and minus that for the left; float32, or float64 where the model is.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     angles = positions[:, None, :, None].to(wide) * rope_frequencies(config, positions.device, wide)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair of channels (i, i + D/2) of x (N,H,T,D) by its angle, computed in the tables' dtype.
+    """Turn each pair of channels (i, i + D/2) of x (N,H,T,D) by its angle, computed in the tables' dtype:
+
+        left cos - right sin,  right cos + left sin     =     x cos + (x, its halves swapped) (-sin, sin)
 
     The paper pairs neighbours (2i, 2i + 1); Hugging Face checkpoints come permuted so that halves are pairs.
     """
-    left, right = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+    wide = x.to(cos.dtype)
+    left, right = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((right, left), dim=-1) * sin).to(x.dtype)
 
 
 class KVCache:

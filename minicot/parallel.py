@@ -62,7 +62,12 @@ def joined():
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield to_stderr
         return
-    store, number, ranks = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    try:
+        store, number, ranks = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    except dist.DistNetworkError as error:  # rank 0 alone listens: the others say nothing of its port
+        where, reason = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ), str(error).split(". ")[0]
+        to_stderr(f"error: processes cannot meet at {where} ({reason}); allowed: a free port, MASTER_PORT")
+        raise SystemExit(2) from None
     dist.init_process_group(
         store=dist.PrefixStore("ranks", store), rank=number, world_size=ranks, timeout=TIMEOUT
     )

@@ -313,7 +313,8 @@ def save_checkpoint(out, step, model, optimizer):
         save_file(weights, part / "weights.safetensors")
         save_file(state, part / "optimizer.safetensors")
         untouched = [names[parameter] for parameter in trained if parameter not in optimizer.state]
-        write_json(part / "state.json", {"step": step, "untouched": untouched})
+        about = {"step": step, "untouched": untouched, "torch": torch.__version__}
+        write_json(part / "state.json", about)
         remove(final)
         os.replace(part, final)
     for other in out.glob("checkpoint-*"):
@@ -328,6 +329,8 @@ def load_checkpoint(out, model, optimizer):
     step, untouched = about.get("step"), about.get("untouched", [])
     if folder.name != f"checkpoint-{step}":
         raise InputError(f"{folder / 'state.json'}: step is {step!r}, the folder is {folder.name}")
+    if (version := about.get("torch", torch.__version__)) != torch.__version__:
+        print(f"{folder} is of torch {version}, this is {torch.__version__}: the last digits may differ")
     touched = {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -344,7 +347,8 @@ def load_checkpoint(out, model, optimizer):
             parameter.copy_(placed(weights[name], parameter))
     for name, parameter in touched.items():
         keys = {key: placed(state[f"{name}.{key}"], parameter) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": state[f"{name}.step"].reshape(()), **keys}
+        where = parameter.device if optimizer.defaults["fused"] else "cpu"  # as AdamW makes it
+        optimizer.state[parameter] = {"step": state[f"{name}.step"].reshape(()).to(where), **keys}
     return step
 
 

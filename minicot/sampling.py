@@ -18,6 +18,9 @@ from minicot.model import KVCache, attend
 from minicot.parallel import spread
 from minicot.records import Response, Samples
 
+BLOCK = 64  # CUDA: the keys that a step reads are rounded up to a multiple of it
+GRAPHS = True  # CUDA: decode by CUDA graphs (written and tested as far as a CPU goes; not yet measured)
+
 
 def filter_logits(logits, top_k, top_p):
     """Set to -inf what top-k and top-p (nucleus, Holtzman et al. 2020) leave out; (R,V) -> (R,V).
@@ -36,20 +39,22 @@ def filter_logits(logits, top_k, top_p):
 
 
 def choose(logits, uniforms, temperature, top_k, top_p):
-    """Next token of each row: the likeliest at temperature 0, else the first whose cumulative probability
-    exceeds u. ValueError where a row has no finite logit or a NaN."""
+    """Next token of each row, on the CPU: the likeliest at temperature 0, else the first whose cumulative
+    probability exceeds u. ValueError where a row has no finite logit or a NaN."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    largest, likeliest = logits.max(-1)
-    if not largest.isfinite().all():
+    largest, chosen = logits.max(-1)
+    if temperature:
+        if temperature != 1:  # softmax takes the largest off itself
+            logits = (logits - largest[:, None]) / temperature
+        cumulative = filter_logits(logits, top_k, top_p).softmax(-1).cumsum(-1)
+        total = cumulative[:, -1:]
+        u = uniforms.to(cumulative)[:, None] * total
+        u = torch.minimum(u, total.nextafter(torch.zeros_like(total)))  # u may have rounded up to the total
+        chosen = torch.searchsorted(cumulative, u, right=True)[:, 0]
+    chosen = torch.where(largest.isfinite(), chosen, -1).cpu()  # the one time that a step waits for a GPU
+    if (chosen < 0).any():
         raise InputError("the model's logits are not finite; its weights are broken or have diverged")
-    if temperature == 0:
-        return likeliest
-    logits = filter_logits((logits - largest[:, None]) / temperature, top_k, top_p)
-    cumulative = logits.softmax(-1).cumsum(-1)
-    total = cumulative[:, -1:]
-    u = uniforms.to(cumulative)[:, None] * total
-    u = torch.minimum(u, total.nextafter(torch.zeros_like(total)))  # u may have rounded up to the total
-    return torch.searchsorted(cumulative, u, right=True)[:, 0]
+    return chosen
 
 
 class DecodeCache:
@@ -59,9 +64,9 @@ class DecodeCache:
     copy of the prompt, as in Hydragen (arXiv 2402.05099): on long prompts decoding is reading keys. Both
     parts' scores go through one softmax. Twin: KVCache with the prompt copied n times. Slots are refilled."""
 
-    def __init__(self, config, slots, n, max_prompt, max_new, *, dtype, device):
+    def __init__(self, config, slots, n, max_prompt, max_new, *, dtype, device, block=1):
         make = lambda rows, length: KVCache(config, rows, length, dtype=dtype, device=device)
-        self.n, self.length, self.dtype = n, 0, dtype
+        self.n, self.length, self.dtype, self.block = n, 0, dtype, block
         self.prompts = make(slots, max_prompt) if n > 1 else None
         self.own = make(slots * n, max_new + (max_prompt if n == 1 else 0))
         for cache in (self.own, self.prompts) if n > 1 else (self.own,):
@@ -69,37 +74,65 @@ class DecodeCache:
                 buffer.zero_()  # masked, but 0 * NaN would not be 0
         self.prompt_length = torch.zeros(slots, dtype=torch.long, device=device)
         self.own_length = torch.zeros(slots * n, dtype=torch.long, device=device)
+        self.lengths = np.zeros(slots, int), np.zeros(slots * n, int)  # the same two on the host
+
+    def rows_of(self, slots):
+        """The rows of slots, both arrays."""
+        return (slots[:, None] * self.n + np.arange(self.n)).flatten()
 
     def admit(self, slots, prefill, lengths):
-        """Put prefilled prompts (right-padded rows of a KVCache) into slots."""
-        cache, P = self.prompts or self.own, prefill.length
+        """Put prefilled prompts (right-padded rows of a KVCache) of these lengths into slots; arrays both."""
+        cache, P, rows, device = (
+            self.prompts or self.own,
+            prefill.length,
+            self.rows_of(slots),
+            self.own_length.device,
+        )
+        self.lengths[0][slots], self.lengths[1][rows] = lengths, 0 if self.prompts else lengths
+        slots, rows, lengths = (torch.from_numpy(x).to(device) for x in (slots, rows, lengths))
         for layer in range(len(cache.keys)):
             cache.keys[layer][slots, :, :P] = prefill.keys[layer][:, :, :P]
             cache.values[layer][slots, :, :P] = prefill.values[layer][:, :, :P]
         self.prompt_length[slots] = lengths
-        rows = (slots[:, None] * self.n + torch.arange(self.n, device=slots.device)).flatten()
         self.own_length[rows] = 0 if self.prompts else lengths
 
     def select(self, slots):
-        """Keep these slots only."""
-        rows = (slots[:, None] * self.n + torch.arange(self.n, device=slots.device)).flatten()
+        """Keep these slots (an array) only."""
+        rows = self.rows_of(slots)
+        self.lengths = self.lengths[0][slots], self.lengths[1][rows]
+        slots, rows = (torch.from_numpy(x).to(self.own_length.device) for x in (slots, rows))
         self.own.select(rows)
         if self.prompts:
             self.prompts.select(slots)
         self.prompt_length, self.own_length = self.prompt_length[slots], self.own_length[rows]
 
+    def plan(self, live):
+        """Before each step, on the host: how much of the buffers the rows at work (an array of bool) read,
+        rounded up to a multiple of `block`, and whether all of them read all of it (no mask is needed then),
+        of their own tokens and of prompts: what a step's shapes depend on."""
+        found = []
+        for cache, lengths in (
+            (self.own, self.lengths[1][live] + 1),
+            (self.prompts, self.lengths[0][live.reshape(-1, self.n).any(1)]),
+        ):
+            longest = int(lengths.max()) if cache else 0
+            end = min(-(-longest // self.block) * self.block, cache.real.shape[1]) if cache else 0
+            found.append((end, self.block == 1 and end == int(lengths.min())))
+        self.lengths[1][live] += 1
+        self.reads = *found[0], *found[1]
+
     def begin(self, live):
-        """A step of one token a row: its positions (R,1); rows that are not live stay where they are."""
-        before = self.prompt_length.repeat_interleave(self.n) if self.prompts else 0
-        self.rows, self.at = (
-            torch.arange(len(self.own_length), device=self.own_length.device),
-            self.own_length.clone(),
-        )
-        self.end = int(self.own_length.max()) + 1
-        self.own_seen = torch.arange(self.end, device=self.own_length.device) <= self.at[:, None]  # (R,S)
+        """A planned step of one token a row: its positions (R,1); rows that are not live stay where they
+        are. live (R,) bool, on the device."""
+        S, whole, P, whole_prompt = self.reads
+        places = lambda length: torch.arange(length, device=live.device)
+        self.rows, self.at = places(len(live)), self.own_length.clone()
+        self.own_seen = None if whole else (places(S) <= self.at[:, None])[:, None, None]  # (R,1,1,S)
+        self.prompt_seen, before = None, 0
         if self.prompts:
-            P = int(self.prompt_length.max())
-            self.prompt_seen = torch.arange(P, device=self.own_length.device) < self.prompt_length[:, None]
+            before = self.prompt_length.repeat_interleave(self.n)
+            if not whole_prompt:
+                self.prompt_seen = (places(P) < self.prompt_length[:, None])[:, None, None]  # (B,1,1,P)
         self.own_length += live
         return (before + self.at)[:, None]
 
@@ -108,23 +141,58 @@ class DecodeCache:
 
     def attend(self, layer, q, k, v, mask):
         """q (R,H,1,D), k, v (R,K,1,D) -> (R,H,1,D)."""
-        (R, H, _, D), K, S = q.shape, k.shape[1], self.end
+        (R, H, _, D), K, (S, _, P, _) = q.shape, k.shape[1], self.reads
         self.own.keys[layer][self.rows, :, self.at] = k[:, :, 0]
         self.own.values[layer][self.rows, :, self.at] = v[:, :, 0]
         keys, values = self.own.keys[layer][:, :, :S], self.own.values[layer][:, :, :S]
         if not self.prompts:
-            return attend(q, keys, values, self.own_seen[:, None, None])
-        G, q, never = H // K, q.view(R, K, H // K, D) * D**-0.5, -torch.inf
-        to_own = (q @ keys.transpose(2, 3)).masked_fill(~self.own_seen[:, None, None], never)  # (R,K,G,S)
-        B, P = self.prompt_seen.shape
+            return attend(q, keys, values, self.own_seen)
+        hide = lambda scores, seen: scores if seen is None else scores.masked_fill(~seen, -torch.inf)
+        B, G, q = R // self.n, H // K, q.view(R, K, H // K, D) * D**-0.5
+        to_own = hide(q @ keys.transpose(2, 3), self.own_seen)  # (R,K,G,S)
         of_slots = lambda x: x.view(B, self.n, K, G, -1).transpose(1, 2).reshape(B, K, self.n * G, -1)
         of_rows = lambda x: x.view(B, K, self.n, G, -1).transpose(1, 2).reshape(R, K, G, -1)
         keys = self.prompts.keys[layer][:, :, :P]
-        to_prompt = of_slots(q) @ keys.transpose(2, 3)  # (B,K,nG,P)
-        to_prompt = of_rows(to_prompt.masked_fill(~self.prompt_seen[:, None, None], never))
+        to_prompt = of_rows(hide(of_slots(q) @ keys.transpose(2, 3), self.prompt_seen))  # (R,K,G,P)
         weights = torch.cat([to_prompt, to_own], -1).softmax(-1)
         from_prompt = of_rows(of_slots(weights[..., :P]) @ self.prompts.values[layer][:, :, :P])
         return (from_prompt + weights[..., P:] @ values).reshape(R, H, 1, D)
+
+
+def decode(model, cache, tokens, live):
+    """A planned step: tokens (R,) and live (R,) bool, on the device -> (R,E), what the head reads. No value
+    comes back to the host, and all shapes depend on the plan alone."""
+    embeds = getattr(model, "language_model", model).embed(tokens[:, None])
+    return model.hidden_states(embeds, positions=cache.begin(live), cache=cache)[:, 0]
+
+
+class Graphs:
+    """decode() of a cache as CUDA graphs, one for each plan: a step's kernels, recorded once, are launched at
+    once on the same addresses. After the cache's `select` its buffers are others: make new ones."""
+
+    def __init__(self, model, cache):
+        self.decode, self.reads = partial(decode, model, cache), lambda: cache.reads
+        self.made, self.pool = {}, torch.cuda.graph_pool_handle()
+
+    def __call__(self, tokens, live):
+        if self.reads() not in self.made:
+            self.made[self.reads()] = self.record(tokens, live)
+        graph, inputs, hidden = self.made[self.reads()]
+        for mine, given in zip(inputs, (tokens, live)):
+            mine.copy_(given)
+        graph.replay()
+        return hidden
+
+    def record(self, tokens, live):
+        inputs, stream = (tokens.clone(), torch.zeros_like(live)), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # as no row is live, this leaves the cache as it is
+            self.decode(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            hidden = self.decode(*inputs)
+        return graph, inputs, hidden
 
 
 @torch.no_grad()
@@ -173,79 +241,84 @@ def generate(
     if torch.is_autocast_enabled(device.type):  # keys and values come in its dtype
         dtype = torch.get_autocast_dtype(device.type)
     slots = min(len(prompts), max(1, max_rows // n)) if max_rows else len(prompts)
-    cache = DecodeCache(model.config, slots, n, longest, max_new_tokens, dtype=dtype, device=device)
+    graphs = GRAPHS and device.type == "cuda"
+    room = dict(dtype=dtype, device=device, block=BLOCK if graphs else 1)
+    cache = DecodeCache(model.config, slots, n, longest, max_new_tokens, **room)
+    make_step = lambda: Graphs(model, cache) if graphs else partial(decode, model, cache)
+    step = make_step()
     placeholder = model.vlm_config.image_token_id if hasattr(model, "vlm_config") else -1
-    stop, waiting = set(stop_ids), list(range(len(prompts)))[::-1]
-    responses = [[[] for _ in range(n)] for _ in prompts]
-    owner, live = [None] * slots, torch.zeros(slots * n, dtype=torch.bool)  # a slot's prompt; rows at work
-    tokens, uniforms = torch.zeros(slots * n, dtype=torch.long), np.zeros((slots * n, max_new_tokens))
+    ends = np.zeros(max(model.config.vocab_size, *stop_ids, 0) + 1, bool)  # is a token a stop id?
+    ends[list(stop_ids)] = True
+    waiting, responses = list(range(len(prompts)))[::-1], [[[]] * n for _ in prompts]
+    owner, live = np.zeros(slots, int), np.zeros(slots * n, bool)  # a slot's prompt; rows at work
+    drawn, count = np.zeros((slots * n, max_new_tokens), int), np.zeros(slots * n, int)  # a row's tokens
+    uniforms = np.zeros((slots * n, max_new_tokens))
+    on_device = lambda array: torch.from_numpy(array).to(device)
 
     def advance(rows, logits):
-        """Choose the next token of these rows, note it, and note who is done."""
-        at = [len(responses[owner[r // n]][r % n]) for r in rows]
+        """Choose the next token of these rows (an array), note it, and note who is done."""
+        at = count[rows]
         if 0 <= placeholder < logits.shape[-1]:
             logits[:, placeholder] = -torch.inf  # no model draws a picture
-        drawn = torch.from_numpy(uniforms[rows, at]).to(device) if temperature else None
-        chosen = choose(logits, drawn, temperature, top_k, top_p).cpu()
-        tokens[rows] = chosen
-        for row, t, token in zip(rows, at, chosen.tolist()):
-            responses[owner[row // n]][row % n].append(token)
-            live[row] = token not in stop and t + 1 < max_new_tokens
+        u = on_device(uniforms[rows, at]) if temperature else None
+        drawn[rows, at] = chosen = choose(logits, u, temperature, top_k, top_p).numpy()
+        count[rows] += 1
+        live[rows] = going = ~ends[chosen] & (at + 1 < max_new_tokens)
+        for row in rows[~going].tolist():
+            responses[owner[row // n]][row % n] = drawn[row, : count[row]].tolist()
 
     while True:
-        busy = live.view(-1, n).any(1)
-        free = (~busy).nonzero()[:, 0].tolist()
+        busy = live.reshape(-1, n).any(1)
+        free = (~busy).nonzero()[0]
         if waiting and 4 * len(free) >= len(owner):
-            new = [waiting.pop() for _ in range(min(len(free), len(waiting)))]
-            for slot, b in zip(free, new):
-                owner[slot] = b
-                uniforms[slot * n : slot * n + n] = [
-                    np.random.default_rng([seeds[b], j]).random(max_new_tokens) for j in range(n)
-                ]
-            logits = prefill(
-                model,
-                cache,
-                free[: len(new)],
-                [prompts[b] for b in new],
-                [images[b] if images else [] for b in new],
-            )
-            advance(
-                [slot * n + j for slot in free[: len(new)] for j in range(n)], logits.repeat_interleave(n, 0)
-            )
+            free = free[: len(waiting)]
+            owner[free] = new = [waiting.pop() for _ in free]
+            rows = cache.rows_of(free)
+            uniforms[rows] = [
+                np.random.default_rng([seeds[b], j]).random(max_new_tokens) for b in new for j in range(n)
+            ]
+            count[rows] = 0
+            pictures = [images[b] if images else [] for b in new]
+            logits = prefill(model, cache, free, [prompts[b] for b in new], pictures)
+            advance(rows, logits.repeat_interleave(n, 0))
             continue
         if not busy.any():
             return responses
         if not waiting and 4 * len(free) >= len(owner):
-            left = busy.nonzero()[:, 0]
-            rows = (left[:, None] * n + torch.arange(n)).flatten()
-            cache.select(left.to(device))
-            owner, live, tokens = [owner[slot] for slot in left.tolist()], live[rows], tokens[rows]
-            uniforms = uniforms[rows.numpy()]
-        embeds = model.embed(tokens.to(device)[:, None])
-        hidden = model.hidden_states(embeds, positions=cache.begin(live.to(device)), cache=cache)
-        rows = live.nonzero()[:, 0]
-        advance(rows.tolist(), model.head(hidden[rows.to(device), -1]))
+            left = busy.nonzero()[0]
+            rows = cache.rows_of(left)
+            cache.select(left)
+            step, owner = make_step(), owner[left]
+            live, drawn, count, uniforms = live[rows], drawn[rows], count[rows], uniforms[rows]
+        cache.plan(live)
+        hidden = step(on_device(drawn[np.arange(len(live)), count - 1]), on_device(live))
+        rows = live.nonzero()[0]
+        advance(rows, model.head(hidden if len(rows) == len(live) else hidden[on_device(rows)]))
 
 
 def prefill(model, cache, slots, prompts, images):
-    """Compute prompts, equal ones once, put them into slots of the DecodeCache -> logits (len(prompts),V)
-    after their last tokens."""
+    """Compute prompts, equal ones once, put them into slots (an array) of the DecodeCache -> logits
+    (len(prompts),V) after their last tokens. Padding is on the right: nothing needs to hide it."""
     device = cache.own_length.device
     keys = [(tuple(prompt), tuple(map(id, pictures))) for prompt, pictures in zip(prompts, images)]
     first = {key: i for i, key in reversed(list(enumerate(keys)))}
     unique = sorted(first.values())
-    lengths = torch.tensor([len(prompts[i]) for i in unique], device=device)
+    lengths = np.array([len(prompts[i]) for i in unique])
     P = int(lengths.max())
     ids = torch.tensor([[*prompts[i], *[0] * (P - len(prompts[i]))] for i in unique], device=device)
-    real = torch.arange(P, device=device) < lengths[:, None]
     pixels = [picture for i in unique for picture in images[i]]
     embeds = model.embed(ids, torch.stack(pixels).to(device)) if pixels else model.embed(ids)
     computed = KVCache(model.config, len(unique), P, dtype=cache.dtype, device=device)
-    hidden = model.hidden_states(embeds, pad_mask=real, cache=computed)
-    of = torch.tensor([unique.index(first[key]) for key in keys], device=device)
-    computed.select(of)
-    cache.admit(torch.tensor(slots, device=device), computed, lengths[of])
-    return model.head(hidden[torch.arange(len(unique), device=device), lengths - 1])[of]
+    hidden = model.hidden_states(embeds, cache=computed)
+    last = hidden[torch.arange(len(unique), device=device), torch.from_numpy(lengths - 1).to(device)]
+    of = np.array([unique.index(first[key]) for key in keys])
+    if len(unique) == len(keys):
+        cache.admit(slots, computed, lengths)
+        return model.head(last)
+    place = torch.from_numpy(of).to(device)
+    computed.select(place)
+    cache.admit(slots, computed, lengths[of])
+    return model.head(last)[place]
 
 
 def encode_prompts(model, tokenizer, problems, *, mode, max_new_tokens, reader=None, begun=None):

@@ -13,7 +13,11 @@ saved, and none of the numbers changes:
   parts, each prompt causally and each response over prompt + itself, because a dense mask over the packed row
   costs more than sharing saves.
 - **No logits that nobody reads**: the head runs on the positions before scored tokens only, in chunks that
-  the backward computes again, so that memory does not grow with their number times the vocabulary.
+  the backward computes again, so that memory does not grow with their number times the vocabulary; a chunk's
+  gradient is written over its log-probabilities (PickedLogps).
+
+The rule: on CUDA rows are packed; elsewhere where that spares more multiplications than its gathers cost,
+`pays` below, else they are padded, with the same savings at the head.
 
 Prefix sharing for DPO: arXiv 2410.20305; for GRPO: PrefixGrouper, arXiv 2506.05433.
 Letters: N rows of B groups, T tokens, L tokens of the packed row, M scored tokens, V vocabulary; P prompt and
@@ -32,6 +36,7 @@ from minicot.model import attend
 
 CHUNK = 2**26  # logits in memory at once: 256 MiB in float32
 BLOCK = 128  # FlexAttention's blocks of queries and of keys
+GATHER = 90  # multiplications in the time of a number gathered: fitted to the rows of tests/bench, 2 threads
 MASK = 2**24  # entries of the mask in memory at once: 16 MiB each of a few bool tensors
 
 
@@ -56,10 +61,12 @@ def hidden_at(model, batch, places):
     assert places.shape == batch.ids.shape, f"places {tuple(places.shape)}, ids {tuple(batch.ids.shape)}"
     assert not (places & ~batch.pad_mask).any(), "a place is padding"
     packed = pack(batch)
+    if not batch.ids.is_cuda and not pays(packed, model.config):
+        return hidden_plain(model, batch)[places]
     attention = packed.block_mask() if batch.ids.is_cuda else TwoParts(packed)
+    at = packed.at[places]  # before the model runs, for which a GPU would else have to be waited for
     embeds = model.embed(packed.ids, batch.images)  # a group's pictures stand in its prompt: once
-    hidden = model.hidden_states(embeds, positions=packed.positions, attention=attention)
-    return hidden[0, packed.at[places]]
+    return model.hidden_states(embeds, positions=packed.positions, attention=attention)[0, at]
 
 
 def score(model, batch):
@@ -67,8 +74,10 @@ def score(model, batch):
     True, else 0. Equals `score_plain` there, gradients included."""
     assert not batch.loss_mask[:, 0].any(), "a row's first token is scored, but nothing stands before it"
     before = F.pad(batch.loss_mask[:, 1:], (0, 1))  # a token is predicted where the one before it stands
-    logps = chunked_logps(model.head, hidden_at(model, batch, before), batch.ids[batch.loss_mask])
-    return logps.new_zeros(batch.ids.shape).masked_scatter(batch.loss_mask, logps)
+    scored = batch.loss_mask.flatten().nonzero()[:, 0]
+    ids = batch.ids.flatten()[scored]
+    logps = chunked_logps(model.head, hidden_at(model, batch, before), ids)
+    return logps.new_zeros(batch.ids.numel()).index_copy(0, scored, logps).view_as(batch.ids)
 
 
 def step_logits(model, batch):
@@ -91,17 +100,35 @@ def chunked_logps(head, hidden, ids):
     """log p(ids[m]) under head(hidden[m]), (M,E) and (M,) -> (M,), holding at most CHUNK logits: a chunk's
     are computed again in backward. Plain twin: token_logps(head(hidden), ...)."""
 
-    def logps(hidden, ids):
-        logits = head(hidden)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return -F.cross_entropy(logits, ids, reduction="none")  # fewer passes over the logits than by hand
-
-    rows = max(1, CHUNK // head(hidden[:1]).shape[-1])
+    logps = lambda hidden, ids: PickedLogps.apply(head(hidden), ids)
+    rows = max(1, CHUNK // head(hidden[:0]).shape[-1])
     if len(ids) <= rows:
         return logps(hidden, ids)
     return torch.cat(
         [checkpoint(logps, *part, use_reentrant=False) for part in zip(hidden.split(rows), ids.split(rows))]
     )
+
+
+class PickedLogps(torch.autograd.Function):
+    """log_softmax(logits)[m, ids[m]] in float32 or wider, (M,V) and (M,) -> (M,).
+
+        d logp_m / d logit_mv = [v = ids_m] - p_mv
+
+    is written over the log-probabilities, so that backward makes no second table (M,V). It works once: a
+    second backward through the same forward is autograd's error about a tensor that was changed in place."""
+
+    @staticmethod
+    def forward(ctx, logits, ids):
+        logps = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        ctx.save_for_backward(logps, ids)
+        ctx.dtype = logits.dtype
+        return logps.gather(-1, ids[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx, above):
+        logps, ids = ctx.saved_tensors
+        gradient = logps.exp_().mul_(-above[:, None]).scatter_add_(-1, ids[:, None], above[:, None])
+        return gradient.to(ctx.dtype), None
 
 
 # ---- packing -------------------------------------------------------------------------------------
@@ -195,6 +222,22 @@ def pack(batch):
         tensor(rectangle([rows[n] for n in in_order])),
         batch.group,
     )
+
+
+def pays(packed, config):
+    """Is packing worth its gathers? In multiplications of a layer:
+
+    (NT - L) (2E (HD + KD) + 3EF)                          tokens spared, F the MLP's inner size
+    + (N T^2 - B P^2 - 2N R (P + R)) HD                    attention; TwoParts masks the rows', so that no
+                                                           half is spared (without prompts it is: N R^2)
+    >= GATHER ((BP + NR + L) HD + 2 (BP + N (P + R)) KD)   queries to both parts and back, keys and values
+    """
+    (N, T), (B, P), R, L = packed.at.shape, packed.prompt_at.shape, packed.row_at.shape[1], len(packed.row)
+    width, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    token = config.hidden_size * (2 * (width + keys) + 3 * config.intermediate_size)
+    seen = B * P**2 + N * R * (2 * (P + R) if P else R)
+    gathered = (B * P + N * R + L) * width + 2 * (B * P + N * (P + R)) * keys
+    return (N * T - L) * token + (N * T**2 - seen) * width >= GATHER * gathered
 
 
 def common_beginning(texts, limit):

@@ -95,7 +95,8 @@ def checkpoint_layers(model, on):
 
 def make_optimizer(model, lr, weight_decay, vision_lr=None):
     """AdamW, betas (0.9, 0.95); matrices decay, norms and biases (parameters of one dimension) do not. A
-    group's "peak" is its learning rate at the top of the schedule: lr, or vision_lr in the vision tower."""
+    group's "peak" is its learning rate at the top of the schedule: lr, or vision_lr in the vision tower. On
+    CUDA one kernel does a step (fused)."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = []
     for tower, peak in ((False, lr), (True, lr if vision_lr is None else vision_lr)):
@@ -103,7 +104,8 @@ def make_optimizer(model, lr, weight_decay, vision_lr=None):
         for matrices, decay in ((True, weight_decay), (False, 0.0)):
             chosen = [p for p in part if (p.ndim >= 2) == matrices]
             groups += [{"params": chosen, "weight_decay": decay, "peak": peak}] if chosen else []
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    fused = all(p.is_cuda for _, p in named)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)
 
 
 def set_lr(optimizer, step, total, warmup):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from minicot import scoring
 from minicot.losses import grpo_loss
 from tests.bench import __main__ as bench
-from tests.bench import page, sides
+from tests.bench import memory, page, projection, sides
 
 CPU = torch.device("cpu")
 TRL = ["TRL"] if importlib.util.find_spec("trl") else []
@@ -105,6 +106,94 @@ def test_the_table_names_each_row_once_for_both_devices():
         rows = [(row.__name__, first, other) for row, first, other in bench.table(torch.device(device))]
         assert len({repr(row) for row in rows}) == len(rows)
         assert all(first[-1] in sides.MODELS for _, first, _ in rows)
+
+
+def test_two_processes_share_a_step():
+    (result,) = bench.processes_row("tiny", CPU, 1, rows=3, steps=1)
+    assert result["peer"] == "one process" and len(result["ours"]) == 1 and result["ratio"][1] > 0
+    assert result["tokens"] == sum(sum(pair) for pair in sides.gsm8k_lengths(3))
+
+
+def test_shares_of_a_gpu_are_those_of_its_data_sheet(monkeypatch):
+    monkeypatch.setattr(bench, "mfu", lambda model, speed, device: 1e-9 * speed)
+    (result,) = bench.mfu_row("tiny", CPU, 1, rows=2, T=8)
+    assert result["tokens"] == 2 * 8
+    assert result["reached"] == {"MFU": pytest.approx(1e-9 * result["tokens_per_second"])}
+    (result,) = bench.decode_row("tiny", CPU, 1, P=6, new=5)
+    assert result["reached"] == {} and result["tokens"] == 5 and "| |" not in page.line(result)[:20]
+
+
+def test_a_cuda_run_begins_with_what_is_worth_most_and_has_every_row():
+    names = [bench.name_of(*row) for row in bench.table(torch.device("cuda"))]
+    first = [next(name for name in names if words in name) for words in bench.WORTH[:4]]
+    assert (
+        names[:4] == first and names[-1].startswith(("group_row", "memory_row", "g")) and "toy" in names[-1]
+    )
+    assert sorted(names) == sorted(set(names))
+
+
+def test_a_row_that_would_begin_too_late_is_named(folder, capsys, monkeypatch):
+    row = (bench.group_row, ["group", "tiny"], dict(B=1, K=2, P=4, R=3, peers=["padded"]))
+    late = (bench.group_row, ["group", "tiny"], dict(B=1, K=3, P=4, R=3, peers=["padded"]))
+    monkeypatch.setattr(bench, "table", lambda device: [row, late])
+    bench.main(["cpu", "--rounds", "1", "--write", "--minutes", "1e-9"])
+    named = "Not measured, as 1e-09 minutes were over: "
+    out, run = capsys.readouterr().out, page.read_results()["cpu"]
+    assert named in out and run["note"].startswith(named) and bench.name_of(*late) in run["note"]
+    assert "--minutes 1e-09" in run["command"]
+    bench.main(["cpu", "--rounds", "1", "--minutes", "60"])
+    assert "Not measured" not in capsys.readouterr().out
+
+
+def test_the_memory_of_a_whole_training_is_said():
+    said = memory.train("tiny", tokens=16, steps=2)
+    assert said.startswith("tiny, 0M parameters, T 16, 2 steps: loss ") and " GiB, of which weights" in said
+
+
+# ---- the projection ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("K, P, R", [(1, 6, 5), (4, 6, 5), (8, 30, 7)])
+def test_the_formula_counts_what_pytorch_counts(K, P, R, monkeypatch):
+    """Of a step that runs. PyTorch counts a product for each pair of a query and a key, hidden or not."""
+    monkeypatch.setattr(scoring, "pays", lambda packed, config: True)
+    config = sides.MODELS["tiny"]
+    counted, both = projection.measured(
+        sides.our_model("tiny", CPU), sides.make_batch("tiny", [[P, [R] * K]], CPU)
+    )
+    shared = P if K > 1 else 0
+    rest = P + R - shared
+    pairs = shared**2 + K * rest * (shared + rest)
+    assert counted == projection.forward(config, shared + K * rest, K * R, pairs)
+    assert both == 3 * counted
+    # what the page counts: without the hidden pairs
+    whole = projection.group(config, P, R, K)
+    hidden = pairs - (P**2 / 2 + K * (R * P + R**2 / 2))
+    if K > 1:
+        assert counted - whole == pytest.approx(projection.forward(config, 0, 0, hidden))
+
+
+def test_a_7b_model_has_7b_weights_and_hours_by_hand():
+    layers, head = projection.weights(projection.LLAMA2_7B)
+    assert layers == 32 * (4 * 4096**2 + 3 * 4096 * 11008) and layers + head == pytest.approx(6.6e9, rel=0.01)
+    hours, a = projection.stages(), projection.Assumed()
+    # 6 N a token but for attention, and for the head, which reads the responses alone
+    tokens = 3 * 7473 * (60 + 8 * 94)
+    assert hours["AFT, 3 epochs"] == pytest.approx(6 * 6.6e9 * tokens / (0.4 * 989e12) / 3600, rel=0.02)
+    assert hours["AFT without shared prompts"] / hours["AFT, 3 epochs"] == pytest.approx(
+        8 * 154 / 812, rel=0.02
+    )
+    step = (2 * 6.6e9 + 4 * 32 * 4096 * 256 * (47 + 60 / 8)) / (0.5 * 3.35e12)  # bytes: the longer of the two
+    assert step > 2 * 6.6e9 * 256 / (0.4 * 989e12)
+    drawn = 7473 * 8 * 94 / 256 * step + 7473 * 2 * 6.5e9 * 60 / (0.4 * 989e12)
+    assert hours["sampling, 8 a question"] == pytest.approx(drawn / 3600, rel=0.02)
+    assert hours["all"] == pytest.approx(sum(list(hours.values())[:4])) and a.peak == 989e12
+
+
+def test_the_projections_page_is_what_its_functions_say():
+    text = projection.PAGE.read_text()
+    assert f"<!-- work -->\n{projection.work()}\n<!-- end -->" in text
+    assert f"<!-- hours -->\n{projection.table()}\n<!-- end -->" in text
 
 
 # ---- the page ------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def model(sees, device=DEVICE, dtype=torch.float32):
     return kind(config, torch.Generator().manual_seed(0)).to(device, dtype)
 
 
-def batch_of(shape, pictures=None):
+def batch_of(shape, pictures=None, device=DEVICE):
     """shape: (prompt length, response lengths) of each group -> a Batch of random tokens on the device;
     pictures: how many stand in each group's prompt."""
     draw, groups = torch.Generator().manual_seed(1), []
@@ -89,7 +89,7 @@ def batch_of(shape, pictures=None):
         images = torch.randn(sum(counts), 3, 16, 16, generator=draw)
         image_group = torch.tensor([b for b, count in enumerate(counts) for _ in range(count)])
         batch = replace(batch, images=images, image_group=image_group)
-    return batch.to(DEVICE)
+    return batch.to(device)
 
 
 # ---- the model -----------------------------------------------------------------------------------

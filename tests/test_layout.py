@@ -51,14 +51,14 @@ MAY_IMPORT = {
     | {"training", "weights"},
 }
 RECIPES = ("aft", "llava_reasoner", "llava_verifier", "llava_diagnose", "mme_cot", "ursa", "ursa_grpo")
-RECIPES += ("ursa_labels",)
+RECIPES += ("ursa_labels", "cot_max")
 BUDGETS = {
     "losses.py": 260,
     "model.py": 260,
     "view.py": 150,
     "pruner.py": 375,
     "selection.py": 175,
-    "recipes/experiment.py": 275,
+    "recipes/experiment.py": 280,
     "recipes/tables.py": 140,
     "recipes/work.py": 70,
     **{f"recipes/{name}.py": 110 for name in RECIPES},
@@ -130,10 +130,10 @@ def test_files_stay_within_their_budgets():
     total = sum(map(statements, core)) + sum(
         statements(ROOT / name) for name in SCRIPTS if (ROOT / name).exists()
     )
-    assert total <= 4950, total
+    assert total <= 5030, total
     assert sum(map(statements, sources(mme_cot))) <= 690
     assert sum(map(statements, sources(toy))) <= 1085
-    assert sum(map(statements, sources(recipes))) <= 1250
+    assert sum(map(statements, sources(recipes))) <= 1370
 
 
 def test_the_template_can_be_read():

@@ -7,6 +7,7 @@ A start of torch costs seconds, so one torchrun of each size does all runs of th
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -178,6 +179,20 @@ def test_what_every_rank_refuses_is_said_once(tmp_path):
     _, err = process.communicate(timeout=300)
     assert process.returncode != 0
     assert err.count("error: --lr is -1.0; allowed: above 0") == 1
+
+
+def test_a_port_in_use_is_said_in_one_line(monkeypatch, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as stop, parallel.joined():
+            pass
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert f"cannot meet at 127.0.0.1:{port}" in said and "MASTER_PORT" in said
 
 
 def test_when_a_rank_dies_the_run_ends_and_leaves_nothing_half_written(tmp_path):

@@ -3,6 +3,7 @@ batch."""
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -97,10 +98,11 @@ def test_rows_that_share_their_prompts_keys_attend_as_with_copies(model):
     prefilled = KVCache(CONFIG, 3, 5, dtype=torch.float64)
     model.hidden_states(model.embed(prompts), pad_mask=torch.arange(5) < lengths[:, None], cache=prefilled)
     shared = DecodeCache(CONFIG, 3, n, 5, steps, dtype=torch.float64, device="cpu")
-    shared.admit(torch.arange(3), prefilled, lengths)
+    shared.admit(np.arange(3), prefilled, lengths.numpy())
     for t in range(steps):
         embeds = model.embed(new[:, t : t + 1])
         positions = (lengths.repeat_interleave(n) + t)[:, None]
+        shared.plan(np.ones(3 * n, bool))
         mine = shared.begin(torch.ones(3 * n, dtype=torch.bool))
         assert torch.equal(mine, positions)
         whole = torch.cat([prompts.repeat_interleave(n, 0), new[:, : t + 1]], 1)

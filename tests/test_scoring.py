@@ -6,17 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-
+import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils.checkpoint import checkpoint
 
 from minicot import scoring
 from minicot.data import Row, collate, to_groups
 from minicot.losses import aft_loss, better_than, sequence_logps, token_logps
 from minicot.model import ModelConfig, Transformer, flex_attention
 from minicot.scoring import TwoParts, chunked_logps, common_beginning, hidden_at, hidden_plain, pack, score
-from minicot.scoring import score_plain
+from minicot.scoring import PickedLogps, pays, score_plain
 from minicot.vision import VisionConfig, VisionLanguageConfig, VisionLanguageModel
 from tests.bench.memory import peak_of
+from tests.bench.sides import MODELS, make_batch
 
 CONFIG = ModelConfig(
     model_type="llama",
@@ -31,6 +33,13 @@ CONFIG = ModelConfig(
     rms_norm_eps=1e-5,
     rope_theta=1e4,
 )
+
+
+@pytest.fixture(params=["packed", "padded"])
+def path(request, monkeypatch):
+    """Both paths of score, whichever the rule would pick."""
+    monkeypatch.setattr(scoring, "pays", lambda packed, config: request.param == "packed")
+    return request.param
 
 
 def model(dtype=torch.float32):
@@ -84,7 +93,7 @@ def both(batch, dtype=torch.float32):
 
 @pytest.mark.parametrize("shape", [RAGGED, SFT, [(5, [4, 4])]], ids=["ragged", "one row a group", "a pair"])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_score_equals_the_plain_path_with_gradients(shape, side):
+def test_score_equals_the_plain_path_with_gradients(path, shape, side):
     batch = collate(groups(shape), pad_id=0)
     batch = left_padded(batch) if side == "left" else batch
     (fast, fast_grads), (plain, plain_grads) = both(batch, torch.float64)
@@ -94,7 +103,7 @@ def test_score_equals_the_plain_path_with_gradients(shape, side):
     torch.testing.assert_close(fast, plain, rtol=0, atol=1e-4)  # logits here reach about 50
 
 
-def test_an_alignment_loss_does_not_see_which_path_ran():
+def test_an_alignment_loss_does_not_see_which_path_ran(path):
     batch, losses = collate(groups(RAGGED), pad_id=0), []
     for function in (score, score_plain):
         scores = to_groups(
@@ -113,7 +122,7 @@ def test_a_prompt_is_computed_once_a_group_and_padding_never():
     assert sft.ids.shape == (1, 10 + 4 + 11) and sft.prompt_at.shape == (3, 0)
 
 
-def test_the_head_reads_only_what_predicts_a_scored_token():
+def test_the_head_reads_only_what_predicts_a_scored_token(path):
     batch, seen, policy = collate(groups(RAGGED), pad_id=0), [], model()
     policy.head = lambda hidden: (seen.append(hidden.shape[0]), type(policy).head(policy, hidden))[1]
     score(policy, batch)
@@ -125,6 +134,59 @@ def test_a_scored_first_token_is_refused():
     batch.loss_mask[1, 0] = True
     with pytest.raises(AssertionError, match="nothing stands before it"):
         score(model(), batch)
+
+
+# ---- packed or padded ----------------------------------------------------------------------------
+
+
+def counted(shape, config=CONFIG):
+    """(multiplications of a layer that packing spares, numbers that it gathers), one by one."""
+    packed = pack(collate(groups(shape), pad_id=0))
+    width, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    E, longest = config.hidden_size, max(n_prompt + max(lengths) for n_prompt, lengths in shape)
+    weights = 2 * E * width + 2 * E * keys + 3 * E * config.intermediate_size
+    rows = sum(len(lengths) for _, lengths in shape)
+    (B, P), R = packed.prompt_at.shape, packed.row_at.shape[1]
+    padded = rows * longest * weights + rows * longest * longest * width
+    of_rows = rows * R * (P + R) * 2 * width if P else rows * R * R * width
+    spared = padded - packed.ids.numel() * weights - B * P * P * width - of_rows
+    gathered = packed.ids.numel() * width  # back
+    gathered += (B * P + rows * R) * width + 2 * (B * P + rows * (P + R)) * keys
+    return spared, gathered
+
+
+@pytest.mark.parametrize("shape", [RAGGED, SFT, [(5, [4, 4])], [(90, [2] * 8)], [(2, [40, 40])]])
+def test_the_rule_weighs_multiplications_spared_against_numbers_gathered(shape, monkeypatch):
+    spared, gathered = counted(shape)
+    packed = pack(collate(groups(shape), pad_id=0))
+    for gather, picked in ((spared / gathered - 1e-6, True), (spared / gathered + 1e-6, False)):
+        monkeypatch.setattr(scoring, "GATHER", gather)
+        assert pays(packed, CONFIG) is picked
+
+
+@pytest.mark.parametrize("shape, tokens", [([(90, [2] * 8)], 90 + 8 * 2), ([(2, [40, 41])], 2 * 43)])
+def test_score_takes_the_path_that_the_rule_picks(shape, tokens):
+    """A long prompt of many short responses is packed; a short one of two long responses is padded."""
+    batch, seen, policy = collate(groups(shape), pad_id=0), [], model()
+    embed = policy.embed
+    policy.embed = lambda ids, *images: (seen.append(ids.numel()), embed(ids, *images))[1]
+    score(policy, batch)
+    assert seen == [tokens]
+
+
+TABLE = [  # the bench's rows (B, K, P, R) of the toy with 1M parameters, and which path was the faster
+    ((4, 2, 64, 128), False),  # packed 0.91x
+    ((4, 2, 512, 128), True),  # 1.39x
+    ((2, 8, 64, 128), True),  # 1.07x
+    ((2, 8, 512, 128), True),  # 2.44x
+    ((2, 8, 1024, 128), True),  # 3.40x
+]
+
+
+@pytest.mark.parametrize("row, packed_is_faster", TABLE)
+def test_the_rule_picks_the_path_that_the_bench_measured_as_faster(row, packed_is_faster):
+    (B, K, P, R), config = row, MODELS["toy 1M"]
+    assert pays(pack(make_batch("toy 1M", [[P, [R] * K]] * B, "cpu")), config) is packed_is_faster
 
 
 # ---- hidden states at places ---------------------------------------------------------------------
@@ -185,7 +247,7 @@ def places_of(batch, kind):
 @pytest.mark.parametrize("kind", ["first", "last", "prompt", "random", "all"])
 @pytest.mark.parametrize("sees", [False, True], ids=["text", "pictures"])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_hidden_states_at_places_equal_the_padded_forward_with_gradients(kind, sees, side):
+def test_hidden_states_at_places_equal_the_padded_forward_with_gradients(path, kind, sees, side):
     policy, batch = (
         with_pictures(torch.float64) if sees else (model(torch.float64), collate(groups(RAGGED), 0))
     )
@@ -312,7 +374,7 @@ def test_responses_that_begin_alike_share_no_scored_token():
     assert common_beginning([[1, 2, 3], [1, 4, 3]], 9) == 1 and common_beginning([[1, 2]], 9) == 0
 
 
-def test_prompts_that_were_tokenised_apart_share_only_what_is_equal():
+def test_prompts_that_were_tokenised_apart_share_only_what_is_equal(path):
     rows = [Row("p", [5, 6, 7, 8], 3), Row("p", [5, 9, 8], 2)]  # the boundary fell otherwise
     batch = collate([rows], pad_id=0)
     assert pack(batch).prompt_at.shape == (1, 1)
@@ -346,3 +408,44 @@ def test_a_chunk_keeps_no_logits_for_backward(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x.numel()), x)[1], lambda x: x):
         chunked_logps(lambda x: x @ weight.T, hidden, torch.zeros(64, dtype=torch.long))
     assert max(itertools.chain(saved, [0])) <= 64 * 16 + 60 * 16
+
+
+# ---- the head's backward -------------------------------------------------------------------------
+
+
+def test_picked_log_probabilities_by_gradcheck_and_beside_pytorchs():
+    draw = torch.Generator().manual_seed(4)
+    logits, ids = torch.randn(5, 7, generator=draw, dtype=torch.float64), torch.tensor([0, 6, 3, 3, 1])
+    # checkpoint makes the table anew for each of gradcheck's backwards
+    again = lambda logits: checkpoint(PickedLogps.apply, logits, ids, use_reentrant=False)
+    assert torch.autograd.gradcheck(again, logits.requires_grad_())
+    results, weights = [], torch.randn(5, generator=draw)
+    for function in (PickedLogps.apply, lambda x, ids: -F.cross_entropy(x, ids, reduction="none")):
+        x = (30 * logits.detach()).float().requires_grad_()
+        logps = function(x, ids)
+        (logps * weights).sum().backward()
+        results.append((logps.detach(), x.grad))
+    (mine, mine_grad), (its, its_grad) = results
+    assert torch.equal(mine, its)
+    torch.testing.assert_close(mine_grad, its_grad, rtol=1e-6, atol=1e-7)
+
+
+def test_the_gradient_of_bfloat16_logits_is_bfloat16_and_their_log_probabilities_are_not():
+    logits = torch.randn(3, 7, dtype=torch.bfloat16, requires_grad=True)
+    logps = PickedLogps.apply(logits, torch.tensor([1, 0, 6]))
+    logps.sum().backward()
+    assert logps.dtype == torch.float32 and logits.grad.dtype == torch.bfloat16
+
+
+def test_a_second_backward_through_what_was_overwritten_is_refused():
+    logps = PickedLogps.apply(torch.randn(3, 7, requires_grad=True), torch.tensor([1, 0, 6]))
+    logps.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logps.sum().backward()
+
+
+def test_backward_makes_no_second_table_of_logits():
+    hidden, weight = torch.randn(1000, 4, requires_grad=True), torch.randn(20_000, 4, requires_grad=True)
+    logps = chunked_logps(lambda x: x @ weight.T, hidden, torch.zeros(1000, dtype=torch.long))
+    _, bytes_held = peak_of(logps.sum().backward)
+    assert bytes_held < 40e6, bytes_held  # a table is 80 MB

@@ -23,7 +23,7 @@ from minicot.config import AlignConfig, LoopConfig, SampleConfig, TrainConfig, p
 from minicot.model import ModelConfig, Transformer
 from minicot.runs import load_checkpoint, save_checkpoint
 from minicot.training import lr_at, make_optimizer
-from tests.helpers import assert_one_line_error, finished, script, start
+from tests.helpers import SCRIPTS, assert_one_line_error, finished, script, start
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(
@@ -114,6 +114,50 @@ def test_a_checkpoint_restores_weights_and_optimizer_and_older_ones_go(tmp_path)
     step(model, optimizer), step(other, other_optimizer)
     for a, b in zip(model.parameters(), other.parameters()):
         assert torch.equal(a, b)
+
+
+def test_a_checkpoint_of_another_torch_goes_on_and_says_so(base, tmp_path):
+    run_train(base, "out", "--stop-at", 3, cwd=tmp_path)
+    file = tmp_path / "out" / "checkpoint-3" / "state.json"
+    state = json.loads(file.read_text())
+    assert state["torch"] == torch.__version__
+    file.write_text(json.dumps(state | {"torch": "2.4.0"}))
+    resumed = run_train(base, "out", "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"is of torch 2.4.0, this is {torch.__version__}: the last digits may differ" in resumed.stdout
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+        RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
+        MemoryError(),
+    ],
+)
+@pytest.mark.parametrize("name", ["train.py", "align.py", "sample.py"])
+def test_out_of_memory_names_the_flags_that_take_less(name, error, tmp_path, monkeypatch):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr(SCRIPTS[name][0], "main", fail)
+    done = script(name, cwd=tmp_path)
+    assert_one_line_error(done, "error: out of memory (", "--batch-size", "--dtype")
+    assert ("--checkpoint-activations" in done.stderr) == (name != "sample.py")
+
+
+def test_another_runtime_error_keeps_its_traceback(tmp_path, monkeypatch):
+    def fail(config):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(SCRIPTS["train.py"][0], "main", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        script("train.py", cwd=tmp_path)
+
+
+def test_an_allocation_that_no_machine_has_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(SCRIPTS["train.py"][0], "main", lambda config: torch.empty(2**60))
+    assert_one_line_error(script("train.py", cwd=tmp_path), "out of memory", "--batch-size")
 
 
 def test_a_stopped_and_resumed_run_ends_with_the_same_bits(base, tmp_path):
@@ -575,3 +619,22 @@ def test_the_chat_template_is_one_of_a_runs_settings(base, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["chat_template"] == "plain"
     assert_one_line_error(run_train(base, "out", "--resume", cwd=tmp_path), "--resume", "chat_template")
+
+
+def test_the_fused_kernel_that_cuda_takes_makes_the_same_steps():
+    """AdamW's fused kernel exists on a CPU too."""
+    results = []
+    for fused in (True, False):
+        policy = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
+        with torch.no_grad():
+            for i, parameter in enumerate(policy.parameters()):
+                parameter.copy_(torch.linspace(-1, 1 + i, parameter.numel()).view_as(parameter))
+        optimizer = make_optimizer(policy, 1e-2, 0.1)
+        assert optimizer.defaults["fused"] is False
+        optimizer = torch.optim.AdamW(optimizer.param_groups, betas=(0.9, 0.95), fused=fused)
+        for _ in range(3):
+            policy(torch.linspace(-1, 1, 12).view(4, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([parameter.detach() for parameter in policy.parameters()])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)

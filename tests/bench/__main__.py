@@ -1,7 +1,9 @@
-"""Speed and memory beside peers: python -m tests.bench [cpu|cuda] [--only REGEX] [--rounds N] [--write]
+"""Speed and memory beside peers: python -m tests.bench [cpu|cuda] [--only REGEX] [--rounds N] [--minutes M]
+[--write]
 
 Prints one Markdown table; a whole run with --write also becomes results.json and README.md beside this file.
-That page says what is raced and how to read it, sides.py what each side computes.
+That page says what is raced and how to read it, sides.py what each side computes. On CUDA the rows come in
+the order of their worth (WORTH), so that --minutes 20 measures what matters most; rows left out are named.
 
 CPU: float32. CUDA: steps in bfloat16 autocast over float32 weights, generation with bfloat16 weights.
 TRL needs tests/bench/requirements.txt; without it there are no rows of it. No timed test: this is a table to
@@ -27,7 +29,8 @@ import warnings
 import torch
 
 from minicot.sampling import generate
-from tests.bench import memory, page
+from minicot.training import mfu
+from tests.bench import memory, page, ranks
 from tests.bench.sides import (
     WITH_TOWER,
     check_same_work,
@@ -40,6 +43,20 @@ from tests.bench.sides import (
     prm_sides,
 )
 from tests.bench.sides import our_model, step, their_model
+
+
+BANDWIDTH = {"A100": 2.0e12, "H100": 3.35e12, "H200": 4.8e12}  # bytes a second, from the data sheets
+WORTH = (  # CUDA: what of the names comes first
+    "group_row group SmolLM2-135M B=8 K=8 P=512",
+    "mfu_row",
+    "generation_row SmolLM2-135M P=256 n=8",
+    "decode_row",
+    "group_row DPO SmolLM2-135M B=16 K=2 P=512",
+    "sft_row SmolLM2-135M rows",
+    "memory_row group SmolLM2-135M",
+    "SmolLM2-135M",
+    "",
+)
 
 
 def in_turn(sides, device, rounds):
@@ -196,6 +213,39 @@ def policy_row(model, device, rounds, *, B, R, k, new):
     yield from against(seconds, B * R * new, work="policy step", model=model, B=B, R=R, K=k, shape=shape)
 
 
+def mfu_row(model, device, rounds, *, rows, T):
+    """SFT on rows of T tokens, half of them scored; reached: of the GPU's dense bfloat16 peak."""
+    about = dict(rows=rows, P=T // 2, R=T // 2, K=1, shape=f"{rows} rows of {T}")
+    for result in step_row(
+        "SFT", model, [[T // 2, [T // 2]]] * rows, ["transformers"], device, rounds, **about
+    ):
+        reached = mfu(our_model(model, "meta"), result["tokens_per_second"], device)
+        yield result | ({"reached": {"MFU": reached}} if reached else {})
+
+
+def decode_row(model, device, rounds, *, P, new):
+    """One sequence, whose every step reads all weights; reached: of the GPU's memory bandwidth.
+    (Prefill counts as time in which nothing is read.)"""
+    for result in generation_row(model, device, rounds, prompts=1, P=P, n=1, new=new):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        peak = next((speed for gpu, speed in BANDWIDTH.items() if gpu in name), None)
+        read = new * 2 * sum(p.numel() for p in our_model(model, "meta").parameters())
+        reached = {"bandwidth": read / statistics.median(result["ours"]) / peak} if peak else {}
+        yield result | {"reached": reached}
+
+
+def processes_row(model, _device, rounds, *, rows, steps=2):
+    """SFT steps of two processes beside one, each of one thread, the first step of a start not counted."""
+    seconds = {"minicot": [], "one process": []}
+    for _ in range(rounds):
+        for side, processes in (("minicot", 2), ("one process", 1)):
+            job = dict(model=model, rows=rows, count=1 + steps)
+            seconds[side].append(statistics.median(ranks.measure(processes, **job)[1:]))
+    tokens = sum(P + R for P, R in gsm8k_lengths(rows))
+    about = dict(rows=rows, K=1, P="GSM8K", R="GSM8K", shape=f"{rows} rows as GSM8K, 2 processes")
+    yield from against(seconds, tokens, work="SFT step", model=model, **about)
+
+
 def memory_row(work, model, device, _rounds, *, rows, K, P, R, peers):
     """Peak memory of a step above weights and batch, each side in a process of its own."""
     lengths = [[p, [r]] for p, r in gsm8k_lengths(rows)] if P == "GSM8K" else [[P, [R] * K]] * (rows // K)
@@ -257,7 +307,14 @@ def table(device):
                 dict(rows=n_rows, K=1, P="GSM8K", R="GSM8K", peers=plain),
             )
         )
-    if not cuda:  # all layers: the head weighs less, as it does on a GPU
+    if cuda:
+        rows.append((mfu_row, ["Llama 1.1B"], dict(rows=4, T=2048)))
+        rows.append((decode_row, ["Llama 1.1B"], dict(P=256, new=256)))
+        rows.sort(key=lambda row: next(i for i, words in enumerate(WORTH) if words in name_of(*row)))
+    else:
+        rows.append((processes_row, [large], dict(rows=16)))
+        rows.append((group_row, ["DPO", toy], dict(B=1, K=2, P=512, R=128, peers=both)))
+        # all layers: the head weighs less, as it does on a GPU
         rows.append((group_row, ["group", "SmolLM2-135M"], dict(B=1, K=8, P=512, R=128, peers=["padded"])))
     return rows
 
@@ -267,7 +324,7 @@ def table(device):
 
 def name_of(function, first, other):
     """What --only searches and --list shows."""
-    sizes = [f"{key}={value}" for key, value in other.items() if key in ("rows", "K", "P", "R", "n")]
+    sizes = [f"{key}={value}" for key, value in other.items() if key in ("rows", "B", "K", "P", "R", "n")]
     return " ".join([function.__name__, *first, *sizes])
 
 
@@ -293,6 +350,7 @@ def main(argv=None):
     parser.add_argument("--only", default="", help="run the rows whose name matches; --list shows the names")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=0, help="begin no row after so long (0 = no limit)")
     parser.add_argument("--write", action="store_true", help="keep a whole run: results.json and README.md")
     parser.add_argument("--page", action="store_true", help="make README.md from results.json, run nothing")
     args = parser.parse_args(argv)
@@ -313,13 +371,22 @@ def main(argv=None):
         print("\n".join(row[0] for row in named))
         return
     run = about(args.device, args.rounds) | {"rows": []}
+    if args.minutes:
+        run["command"] += f" --minutes {args.minutes:g}"
     print(json.dumps({key: value for key, value in run.items() if key not in ("command", "rows")}))
     print(f"\n{page.HEADER}")
     warnings.filterwarnings("ignore")  # peers' advice would fall into the table
-    for _, function, first, other in chosen:
+    start, left_out = time.perf_counter(), []
+    for name, function, first, other in chosen:
+        if args.minutes and time.perf_counter() - start > 60 * args.minutes:
+            left_out.append(name)
+            continue
         for result in function(*first, device, args.rounds, **other):
             print(page.line(result), flush=True)
             run["rows"].append(result)
+    if left_out:
+        run["note"] = f"Not measured, as {args.minutes:g} minutes were over: {'; '.join(left_out)}."
+        print(f"\n{run['note']}")
     if args.write:
         page.write_results(args.device, run)
 

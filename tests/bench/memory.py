@@ -1,14 +1,22 @@
 """Peak memory of one training step: python -m tests.bench.memory '{"work": ..., "side": ...}' prints bytes.
 
-On a CPU each side needs a process of its own, in which nothing larger ran before."""
+On a CPU each side needs a process of its own, in which nothing larger ran before.
+
+    python -m tests.bench.memory --train '{"model": "Llama 1.1B", "tokens": 2048, "steps": 2}'
+
+trains with --checkpoint-activations, AdamW included, and says what the whole process held at its highest."""
 
 import json
 import subprocess
 import sys
+import time
 
 import torch
 
-from tests.bench.sides import make_batch, make_sides, step
+from minicot.losses import sft_loss
+from minicot.scoring import score
+from minicot.training import checkpoint_layers, clip_gradients, make_optimizer
+from tests.bench.sides import make_batch, make_sides, our_model, step
 
 
 def resident(field):
@@ -53,5 +61,31 @@ def peak(**job):
     return int(done.stdout.split()[-1])
 
 
+def train(model, tokens, steps):
+    """SFT steps in float32 on one row of so many tokens, half of them scored, activations checkpointed ->
+    what is said: the process's peak, and what weights, gradients and AdamW's two moments take of it."""
+    policy = our_model(model, torch.device("cpu"))
+    checkpoint_layers(policy, True)
+    optimizer, seconds = make_optimizer(policy, 1e-5, 0.0), []
+    batch = make_batch(model, [[tokens // 2, [tokens - tokens // 2]]], torch.device("cpu"))
+    for _ in range(steps):
+        start = time.perf_counter()
+        loss = sft_loss(score(policy, batch), batch.loss_mask)
+        loss.backward()
+        clip_gradients(policy, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - start)
+    numbers = sum(p.numel() for p in policy.parameters())
+    return (
+        f"{model}, {numbers / 1e6:,.0f}M parameters, T {tokens}, {steps} steps: loss {loss.item():.3f}, "
+        f"{min(seconds):.3g} s a step, peak {resident('VmHWM') / 2**30:.2f} GiB, of which weights, gradients "
+        f"and moments {16 * numbers / 2**30:.2f} GiB"
+    )
+
+
 if __name__ == "__main__":
-    print(peak_here(**json.loads(sys.argv[1])))
+    if sys.argv[1] == "--train":
+        print(train(**json.loads(sys.argv[2])))
+    else:
+        print(peak_here(**json.loads(sys.argv[1])))

@@ -17,7 +17,8 @@ HEADER = (
 TITLE = """# Speed and memory beside peers
 
 Made from `results.json` by `python -m tests.bench --page`; `python -m tests.bench cpu --write` (or `cuda`)
-measures anew and writes both. TRL needs `pip install -r tests/bench/requirements.txt`.
+measures anew and writes both; `cuda --minutes 20` the rows of most worth, as far as that goes. TRL needs
+`pip install -r tests/bench/requirements.txt`. What a 7B run costs, on paper: [PROJECTION.md](PROJECTION.md).
 
 A row races minicot against a peer on the same weights and the same batch. All sides take turns in one process
 (A B C A B C ...), so that a noisy machine hits all of them, and their losses and gradients are checked to
@@ -27,12 +28,13 @@ count the prompt and response tokens of all rows of a step, shared or not; of a 
 
 | side | what it computes (`sides.py`) |
 |---|---|
-| minicot | `score`: shared prompts, packing, logits of scored tokens alone |
+| minicot | `score`: shared prompts and packing where they pay, logits of scored tokens alone |
 | padded | minicot without shared prompts and packing, with the same savings at the head |
 | plain | `score_plain`: one padded forward, all logits |
 | transformers | Llama or Llava, one padded forward, all logits; its own loss for SFT, else ours |
 | TRL | `DPOTrainer.compute_loss`, the reference's log-probabilities given |
 | naive | of a policy step (`pruner.py`): one prompt at a time, its shots encoded anew |
+| one process | whole SFT steps with AdamW by one process of one thread, beside two by torchrun (`ranks.py`) |
 
 Two bounds say what sharing prompts can give over "padded" at most, with K responses of R tokens to a prompt
 of P: the token bound K(P+R)/(P+KR), as if all work were a token's own, and the work bound, which counts what

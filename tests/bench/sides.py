@@ -65,6 +65,16 @@ MODELS = {
     ),
     "SmolLM2-135M, 4 layers": ModelConfig(num_hidden_layers=4, **SMOLLM2, **COMMON),
     "SmolLM2-135M": ModelConfig(num_hidden_layers=30, **SMOLLM2, **COMMON),
+    "Llama 1.1B": ModelConfig(  # TinyLlama's shape
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=64,
+        **COMMON | {"tie_word_embeddings": False},
+    ),
     "tiny": ModelConfig(
         vocab_size=40,
         hidden_size=16,
