@@ -246,6 +246,26 @@ def test_the_recipe_wants_pictures_whose_scenes_are_known(recipe):
     assert stop.value.code == 2
 
 
+def test_where_it_looks_by_hand(tmp_path):
+    rows = pictures.perception_rows("test", 40)
+    [first, later] = [
+        next(row for row in rows if (row["fact"] > 0) == is_later) for is_later in (False, True)
+    ]
+    chain = pictures.rows("test", 1)[0]
+    wrong = chain["solution"].replace(chain["solution"].split(".")[0], "Max: pens 99")
+    answered = [(first, "x", True), (first, "x", False), (later, "x", False), (later, "x", True)]
+    answered += [(chain, chain["solution"], True), (chain, wrong, True), (chain, "#### 3", True)]
+    samples = [
+        Samples(Problem(str(i), row["question"], image=row["image"]), [Response(text, correct=right)])
+        for i, (row, text, right) in enumerate(answered)
+    ]
+    write_jsonl(tmp_path / "s.jsonl", map(samples_to_row, samples))
+    said = mme_cot.where_it_looks([tmp_path / "s.jsonl", tmp_path / "s.jsonl"])
+    kinds = [row["image"].removeprefix("toy:").partition("-")[0] for row in (first, later)]
+    assert f"{kinds[0]}, first 50.0%" in said and f"{kinds[1]}, later 50.0%" in said
+    assert "all numbers of a chain 33.3%" in said
+
+
 def test_chains_that_reflect_are_of_the_same_problems_and_end_right():
     plain, reflect, recheck = (mme_cot.chains(30, slip) for slip in mme_cot.SLIPS.values())
     assert [row["id"] for row in plain] == [row["id"] for row in reflect] == [row["id"] for row in recheck]

@@ -20,7 +20,9 @@ compares numbers of single questions whose mean is the official number: accuraci
 that have one, and F1, a ratio of means, linearised (see f1_values).
 """
 
+import itertools
 import random
+import re
 import tempfile
 from statistics import mean
 
@@ -33,6 +35,7 @@ from minicot.mme_cot.scoring import coverage_of, headline, read_cache, tables
 from minicot.recipes import llava_reasoner
 from minicot.recipes.experiment import Experiment
 from minicot.recipes.tables import claims, markdown
+from minicot.records import read_samples
 from minicot.runs import write_json
 from minicot.toy import benchmark, pictures
 
@@ -107,9 +110,11 @@ Qwen2-VL-7B  | 42.1 | 61.6 | 32.0 | -4.0 | -3.1 | -4.8 | 94.9 | 89.8 | 100
 LLaVA-OV-7B  | 30.9 | 50.9 | 22.2 | -3.4 | -3.8 | -3.0 | 91.5 | 83.0 | 100
 Mulberry     | 27.4 | 59.1 | 17.8 |  3.5 |  4.4 |  2.6 | 89.5 | 79.0 | 100
 """
-NUMBERS = ("f1", "precision", "recall", "relevance", "reflection", "reflecting", "efficiency", "robustness")
-NUMBERS += ("stability", "efficacy", "of_precision", "of_recall", "of_relevance")
-NUMBERS += tuple(f"{kind}_{prompt}" for kind in ("reasoning", "perception") for prompt in ("cot", "dir"))
+NUMBERS = (
+    *("f1", "precision", "recall", "relevance", "reflection", "reflecting", "efficiency", "robustness"),
+    *("stability", "efficacy", "of_precision", "of_recall", "of_relevance"),
+    *(f"{kind}_{prompt}" for kind in ("reasoning", "perception") for prompt in ("cot", "dir")),
+)
 
 
 # ---- numbers of single questions -----------------------------------------------------------------
@@ -175,10 +180,8 @@ def judged(out, dataset, cot, dir, *, seed):
 
 def chains(n, slip):
     """Training problems with their chains; with one step thought over where a slip is given."""
-    rows = pictures.rows("train", n)
-    if slip is None:
-        return rows
-    return [benchmark.reflective(row, random.Random(f"reflect {row['id']}"), slip=slip) for row in rows]
+    think = lambda row: benchmark.reflective(row, random.Random(f"reflect {row['id']}"), slip=slip)
+    return [row if slip is None else think(row) for row in pictures.rows("train", n)]
 
 
 def declare(E):
@@ -218,9 +221,30 @@ def declare(E):
         E.read("mme", judged, dataset, *answers, of=[model], take={name: name for name in NUMBERS})
 
 
+def where_it_looks(files):
+    """A note on the CoT answers in files of samples: how many chains that compute misread nothing, and how
+    many answers that read one number are right, by kind and by the place in the picture."""
+    found = {}
+    for one in itertools.chain(*map(read_samples, files)):
+        picture = one.problem.image.removeprefix("toy:")
+        shown = pictures.in_picture(pictures.scene_of(picture))
+        said = re.findall(r"(\w+): (\w+) (\d+)\.", one.first.text)
+        if asked := re.fullmatch(r"How many (\w+) does (\w+) have\?\n<image>", one.problem.question):
+            first = asked.groups() == (shown[0].item, shown[0].who)
+            what, right = f"{picture.partition('-')[0]}, {'first' if first else 'later'}", one.first.correct
+        else:
+            true = {(fact.who, fact.item, str(fact.value)) for fact in shown}
+            what, right = "all numbers of a chain", bool(said) and true.issuperset(said)
+        found.setdefault(what, []).append(right)
+    shares = [f"{what} {mean(right):.1%}" for what, right in sorted(found.items())]
+    return f"What the model both reads rightly with the CoT prompt: {'; '.join(shares)}."
+
+
 def extra(E):
+    there = [E.folder(model, s) for model in E.models if model.name == "both" for s in range(E.size.seeds)]
+    looks = [where_it_looks([folder / "mme-cot" / "samples.jsonl" for folder in there])] if there else []
     rows = [[word.strip() for word in line.split("|")] for line in PAPER.strip().splitlines()]
-    return {"notes": ["\n".join(markdown(("the paper, %", *list(COLUMNS["model"])[:9]), rows))]}
+    return {"notes": [*looks, "\n".join(markdown(("the paper, %", *list(COLUMNS["model"])[:9]), rows))]}
 
 
 def draw(results, stem):
