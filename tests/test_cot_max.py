@@ -25,7 +25,7 @@ def E(tmp_path, monkeypatch):
 
 def test_every_claim_names_what_a_cell_gives(E):
     E.check(cot_max.CLAIMS)
-    assert 3 <= sum(claim["id"].endswith("*") for claim in cot_max.CLAIMS) <= 8
+    assert 3 <= sum(claim["id"].endswith("*") for claim in cot_max.CLAIMS) <= 5
     assert cot_max.SIZES["target"] in cot_max.SIZES["budgets"]  # at96 in claims is at T
     assert cot_max.SIZES["target"] == 96
 

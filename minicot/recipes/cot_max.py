@@ -53,7 +53,7 @@ KINDS = ("number", "operator", "unit", "other", "filler")
 # of 3 seeds x 1,000 problems is about 2 points to each side.
 CLAIMS = claims("""
 s1*|answers      |all   |none               |up  |shots help this base
-s2*|answers      |others|all                |down|without the shots that show the unit it answers worse
+s2 |answers      |others|all                |down|without the shots that show the unit it answers worse
 s3 |answers      |no-numbers|all            |down|without their numbers it answers worse
 s4 |answers      |needed|all                |level .02, others|the shots that show the unit are enough
 a1*|at96         |pruner|random             |up  |at T, the pruner beats random shots
@@ -66,7 +66,7 @@ a7 |at192        |pruner|topk               |up  |at twice T it beats TopK
 b1*|at96         |pruner|topk/at192         |level .02, topk|with half the tokens it is level with TopK
 b2 |at96         |pruner|no-tokens/at192    |level .02, no-tokens|... and with whole shots of its own choice
 b3 |at96         |pruner|all/answers        |level .02, random|... and with all candidates
-c1*|kept_number  |pruner|pruner/kept_filler |up  |numbers are kept rather than filler
+c1 |kept_number  |pruner|pruner/kept_filler |up  |numbers are kept rather than filler
 c2 |kept_operator|pruner|pruner/kept_filler |up  |operators are kept rather than filler
 c3 |kept_unit    |pruner|pruner/kept_filler |up  |names of units are kept rather than filler
 d1 |at96         |pruner|no-shots           |up  |the shot stage matters

@@ -49,10 +49,10 @@ CLAIMS = claims("""
 d1*|accuracy|ps-grpo|grpo|up             |PS-GRPO beats GRPO
 d2*|accuracy|grpo   |sft |up             |GRPO beats SFT
 d3*|prm     |v1     |grpo|up             |V1 pleases the PRM more than GRPO does ...
-d4*|accuracy|v1     |grpo|below .02      |... and does not answer better
+d4*|accuracy|v1     |grpo|down           |... and answers worse
 d5 |length  |v1     |grpo|down           |... and its chains are shorter
 d6*|prm     |v2     |grpo|up             |V2 pleases the PRM more than GRPO does ...
-d7 |accuracy|v2     |grpo|below .02      |... and does not answer better
+d7 |accuracy|v2     |grpo|down           |... and answers worse
 d8 |length  |v2     |grpo|down           |... and its chains are shorter
 d9 |accuracy|ps-grpo|grpo|level .02, sft |PS-GRPO is level with GRPO
 d10|drops   |ps-grpo|grpo|down           |PS-GRPO leaves fewer drops in right chains
