@@ -480,7 +480,7 @@ class PrunerConfig(Common):
     accuracy: bool = flag("method", True, "reward right answers (else L alone, which costs less)")
     w_below: float = flag("method", 1.0, "w up to the target")
     w_above: float = flag("method", -1.0, "w above it")
-    entropy: float = flag("method", 0.01, "weight of the entropy bonus", least=0)
+    entropy: float = flag("method", 0.0, "weight of the entropy bonus", least=0)
     mode: Literal["cot", "direct", "plain"] = flag(
         "method", "plain", "gold: the solution (direct: the answer)"
     )
@@ -490,7 +490,7 @@ class PrunerConfig(Common):
     steps: int = flag("loop", 200, "optimizer steps", least=1, most=10**6)
     batch_size: int = flag("loop", 8, "questions a step", least=1)
     eval_batch_size: int = flag("loop", 128, "prompts scored or decoded together", least=1)
-    lr: float = flag("loop", 1e-4, "Adam's learning rate", above=0)
+    lr: float = flag("loop", 1e-3, "Adam's learning rate", above=0)
     save_every: int = flag("output", 50, "steps between savings of the pruner (0 = at the end)", least=0)
 
 

@@ -31,19 +31,19 @@ SIZES = {
     "seeds": 3,
     "first_seed": 10,
     "taught": 7000,  # rows of the base's short stage, of the other three half as many
-    "asked": 1000,  # training problems of the pruner
-    "steps": 150,
+    "asked": 400,  # training problems of the pruner
+    "steps": 120,
     "questions": 8,  # a step
-    "repeats": 10,  # prunings of each, the paper's for 13B
+    "repeats": 8,  # prunings of each; the paper's are 10 (13B) and 5 (70B)
     "target": 96,  # T
-    "lrs": (3e-4, 1e-3),
+    "lrs": (1e-3, 3e-3),
     "other_targets": (48, 192),
     "validation": 300,
     "test": 1000,
     "budgets": (24, 48, 96, 192),
 }
 FAST = dict(
-    seeds=1, taught=1000, asked=60, steps=10, questions=4, repeats=4, lrs=(3e-4,), validation=20, test=60,
+    seeds=1, taught=1000, asked=60, steps=10, questions=4, repeats=4, lrs=(3e-3,), validation=20, test=60,
 )  # fmt: skip
 BASELINES = ("fixed", "random", "topk", "complexity", "selective-context", "random-tokens")
 KINDS = ("number", "operator", "unit", "other", "filler")
