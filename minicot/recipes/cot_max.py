@@ -22,6 +22,7 @@ from minicot import plots
 from minicot.pruner import prune_by
 from minicot.recipes.experiment import Cell, Experiment
 from minicot.recipes.tables import claims
+from minicot.records import fields_of
 from minicot.runs import write_json
 from minicot.sets import read_problems
 from minicot.tokenizer import Tokenizer
@@ -151,15 +152,10 @@ def declare(E):
         read(model, s.budgets if target == s.target else (target,), pruner=model)
         return model
 
-    for how in shots.VARIANTS:
-        rows = E.write(f"test-{how}.jsonl", map(shots.VARIANTS[how], shots.rows("test", s.test)))
-        take = {"answers": "correct"}
-        E.read(
-            "answers",
-            of=[E.alias(how, base, "candidates")],
-            take=take,
-            **tested | dict(model=base, data=rows),
-        )
+    rows = [fields_of(problem) for problem in read_problems(E.data, E.test, limit=s.test)]
+    for how, vary in shots.VARIANTS.items():
+        named = tested | dict(model=base, data=E.write(f"test-{how}.jsonl", map(vary, rows)))
+        E.read("answers", of=[E.alias(how, base, "candidates")], take={"answers": "correct"}, **named)
     for method in BASELINES:
         read(E.alias(method, base), method=method)
     main = pruner("pruner", "--easy-only", grid=dict(lr=s.lrs))
@@ -201,7 +197,7 @@ E = Experiment(
     FAST,
     data="toy-shots",
     init="toy",
-    splits=("train", "validation", "test"),
+    splits=("train", "validation", "test[1000:2000]"),  # earlier looks were at the first problems
 )
 
 if __name__ == "__main__":
