@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import align
-from minicot import rollouts, verifier
+from minicot import rollouts, scoring, verifier
 from minicot.answers import split_steps, step_ends
 from minicot.config import AlignConfig
 from minicot.data import ImageReader, Row, collate, encode_judged, encode_labelled
@@ -325,7 +325,9 @@ def test_32_solutions_share_their_prompt_and_score_as_each_by_itself(judge):
     model.float()
 
 
-def test_a_picture_moves_the_ends_by_its_tokens_and_is_encoded_once():
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_picture_moves_the_ends_by_its_tokens_and_is_encoded_once(packed, monkeypatch):
+    monkeypatch.setattr(scoring, "pays", lambda *_: packed)
     model, n = some_reward_model(pictures=True).double(), VISION.image_seq_length
     draw = torch.Generator().manual_seed(1)
     pixels = torch.randn(1, 3, *[VISION.vision.image_size] * 2, generator=draw, dtype=torch.float64)
@@ -342,11 +344,13 @@ def test_a_picture_moves_the_ends_by_its_tokens_and_is_encoded_once():
     batch = collate([group], 0, reader)
     assert batch.step_ends[:, 0].tolist() == [len(row.ids) - 1 + n - 1 for row in group]
     seen, encode = [], model.encode_images
-    model.embed.__self__.encode_images = lambda x: (seen.append(len(x)), encode(x))[1]
+    counted = lambda x: (seen.append(len(x)), encode(x))[1]
+    model.encode_images = model.embed.__self__.encode_images = counted
     with torch.no_grad():
-        fast, plain = step_logits(model, batch), step_logits_plain(model, batch)
+        fast = step_logits(model, batch)
+        assert seen == [1]
+        plain = step_logits_plain(model, batch)
     torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-10)
-    assert seen == [1]
 
 
 def test_scores_of_steps_are_sigmoids_and_their_mean_is_the_solutions(judge):
