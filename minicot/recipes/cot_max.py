@@ -146,8 +146,8 @@ def declare(E):
 
     def pruner(name, *switches, target=s.target, **flags):
         model = E.model(
-            name, "minicot.pruner", *switches, model=base, data=asked["data"], target=target, steps=s.steps,
-            batch_size=s.questions, repeats=s.repeats, **flags,
+            name, "minicot.pruner", *switches, model=base, target=target, steps=s.steps,
+            batch_size=s.questions, repeats=s.repeats, **asked, **flags,
         )  # fmt: skip
         read(model, s.budgets if target == s.target else (target,), pruner=model)
         return model
