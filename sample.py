@@ -48,11 +48,11 @@ from minicot.sampling import sample_groups
 from minicot.sets import TOYS, default_length, read_problems, style_of
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures
-from minicot.runs import write_json, write_jsonl, write_text
+from minicot.runs import open_model, write_json, write_jsonl, write_text
 from minicot.training import pick_device, report_unreadable, resolve, train_first, weights_digest
 from minicot.verifier import assess, curves, log_ratio_scores, reward_scores
 from minicot.view import page
-from minicot.weights import is_reward_model, load_model, read_json
+from minicot.weights import is_reward_model, read_json
 
 
 def find_model(folder):
@@ -63,10 +63,7 @@ def find_model(folder):
 
 def load(folder, config, device, reward=False):
     """(model, tokenizer, reader of pictures or None) of a folder; reward: of a reward model's."""
-    tokenizer = Tokenizer(folder, config.chat_template)
-    model = load_model(folder, dtype=getattr(torch, config.dtype), device=device, reward=reward).eval()
-    allowed = f"one whose tokenizer has at most {model.config.vocab_size} ids"
-    check(tokenizer.vocab_size <= model.config.vocab_size, "the model", str(folder), allowed)
+    model, tokenizer = open_model(folder, config, device, reward)
     return model, tokenizer, image_reader(model, tokenizer, folder)
 
 

@@ -63,7 +63,7 @@ from minicot.data import encode_row, schedule, seed_of, target
 from minicot.errors import InputError
 from minicot.parallel import quiet
 from minicot.records import fields_of, shot_text
-from minicot.runs import Log, write_json, write_jsonl, write_text, written_beside
+from minicot.runs import Log, open_model, write_json, write_jsonl, write_text, written_beside
 from minicot.sampling import sample_groups
 from minicot.scoring import score
 from minicot.selection import METHODS, Encoder, fit, size_by, squeeze, texts_of, whole, with_candidates
@@ -373,7 +373,7 @@ def kept_by_kind(all_kept, kind=kind_of):
 # ---- a pruner's folder ---------------------------------------------------------------------------
 
 
-def digest_of(folder):
+def folder_digest(folder):
     """Hex hash of a model folder's weights and tokenizer: what an encoder is known by."""
     return hashlib.sha256(f"{weights_digest(folder)} {Tokenizer(folder).fingerprint}".encode()).hexdigest()
 
@@ -401,7 +401,7 @@ def load_pruner(folder, *, encoder="", device=None, dtype=torch.float32):
         pruner.load_state_dict(load_file(file))
     except (KeyError, TypeError, RuntimeError, SafetensorError, FileNotFoundError) as error:
         raise InputError(f"{folder}: no pruner of ours ({error})") from None
-    if (found := digest_of(resolve(place))) != expected:
+    if (found := folder_digest(resolve(place))) != expected:
         raise InputError(
             f"{place}: the pruner {folder} reads the states of another encoder, {about['encoder']} (digest "
             f"{expected:.12}, found {found:.12}); allowed: that folder, named by --encoder where it has moved"
@@ -505,16 +505,6 @@ class PruneConfig(Common):
     marked: str = flag("output", "", "--method learned: a page of the first 3 prompts, kept tokens bold")
 
 
-def load_lm(config, device):
-    """(model, tokenizer) of --model."""
-    folder = resolve(config.model)
-    tokenizer = Tokenizer(folder, config.chat_template)
-    model = load_model(folder, dtype=getattr(torch, config.dtype), device=device).eval()
-    allowed = f"one whose tokenizer has at most {model.config.vocab_size} ids"
-    check(tokenizer.vocab_size <= model.config.vocab_size, "--model", config.model, allowed)
-    return model, tokenizer
-
-
 def read(config):
     """(problems, the pool of --shots, both as given)."""
     check(config.data, "--data", config.data, "problems that bring shots, or with --shots")
@@ -550,7 +540,7 @@ def train(config):
     ours = config.overwrite and (out / "pruner.json").is_file()
     check(new or ours, "--out", config.out, "a new folder, or --overwrite of a pruner's")
     device = pick_device(config.device)
-    model, tokenizer = load_lm(config, device)
+    model, tokenizer = open_model(resolve(config.model), config, device)
     context, place = model.config.max_position_embeddings, config.encoder or config.model
     check(config.target < context, "--target", config.target, f"less than the model's context, {context}")
     dtype = getattr(torch, config.dtype)
@@ -573,8 +563,8 @@ def train(config):
         seed=config.seed,
     ).to(device)
     about = {"target": config.target, "k": config.k, "see_question": config.see_question}
-    about |= {"encoder": place, "encoder_digest": digest_of(resolve(place))}
-    about |= {"model": config.model, "model_digest": digest_of(resolve(config.model))}
+    about |= {"encoder": place, "encoder_digest": folder_digest(resolve(place))}
+    about |= {"model": config.model, "model_digest": folder_digest(resolve(config.model))}
     about["settings"] = dataclasses.asdict(config)
     keep = lambda: save_pruner(pruner, out, about)
     keep()
@@ -601,7 +591,7 @@ def prune_command(config):
         if config.marked:
             write_text(config.marked, "\n".join(map(marked, kept[:3])))
     else:
-        model, tokenizer = load_lm(config, device)
+        model, tokenizer = open_model(resolve(config.model), config, device)
         encoder = load_encoder(config.encoder, device, dtype) if config.encoder else Encoder(model, tokenizer)
         seed = config.seed if config.method == "random" else None
         problems = with_candidates(problems, pool, encoder, config.k, seed=seed)

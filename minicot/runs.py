@@ -20,12 +20,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minicot.config import handle_signals
+from minicot.config import check, handle_signals
 from minicot.errors import InputError
 from minicot.parallel import first, from_first, largest, placed, whole
-from minicot.tokenizer import FILES
+from minicot.tokenizer import FILES, Tokenizer
 from minicot.training import mfu, weights_digest
-from minicot.weights import read_json, save_model
+from minicot.weights import load_model, read_json, save_model
 
 
 # ---- what is written is whole ------------------------------------------------------------------------
@@ -292,6 +292,16 @@ def checkpoints(out):
     """{step: folder} of a run's whole checkpoints."""
     matches = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(out).glob("checkpoint-*")}
     return {int(match[1]): path for path, match in matches.items() if match}
+
+
+def open_model(folder, config, device, reward=False):
+    """(model, tokenizer) of a folder that is read, not trained: --dtype, --chat-template; reward: of a reward
+    model's."""
+    tokenizer = Tokenizer(folder, config.chat_template)
+    model = load_model(folder, dtype=getattr(torch, config.dtype), device=device, reward=reward).eval()
+    allowed = f"one whose tokenizer has at most {model.config.vocab_size} ids"
+    check(tokenizer.vocab_size <= model.config.vocab_size, "the model", str(folder), allowed)
+    return model, tokenizer
 
 
 def save_checkpoint(out, step, model, optimizer):

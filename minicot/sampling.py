@@ -82,14 +82,11 @@ class DecodeCache:
 
     def admit(self, slots, prefill, lengths):
         """Put prefilled prompts (right-padded rows of a KVCache) of these lengths into slots; arrays both."""
-        cache, P, rows, device = (
-            self.prompts or self.own,
-            prefill.length,
-            self.rows_of(slots),
-            self.own_length.device,
-        )
+        cache, P, rows = self.prompts or self.own, prefill.length, self.rows_of(slots)
         self.lengths[0][slots], self.lengths[1][rows] = lengths, 0 if self.prompts else lengths
-        slots, rows, lengths = (torch.from_numpy(x).to(device) for x in (slots, rows, lengths))
+        slots, rows, lengths = (
+            torch.from_numpy(x).to(self.own_length.device) for x in (slots, rows, lengths)
+        )
         for layer in range(len(cache.keys)):
             cache.keys[layer][slots, :, :P] = prefill.keys[layer][:, :, :P]
             cache.values[layer][slots, :, :P] = prefill.values[layer][:, :, :P]

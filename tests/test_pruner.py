@@ -25,7 +25,16 @@ from minicot import pruner as module
 from minicot.config import InputError
 from minicot.data import encode_row, target
 from minicot.model import ModelConfig, Transformer
-from minicot.pruner import Pruner, PrunerConfig, choose, digest_of, entropy, judge_by, kept_by_kind, kind_of
+from minicot.pruner import (
+    Pruner,
+    PrunerConfig,
+    choose,
+    folder_digest,
+    entropy,
+    judge_by,
+    kept_by_kind,
+    kind_of,
+)
 from minicot.pruner import leave_one_out, learn, load_encoder, load_pruner, log_policy, look, marked, prune
 from minicot.pruner import reward, rollout, sample_actions
 from minicot.records import Problem, fields_of, shot_text
@@ -613,7 +622,7 @@ def test_training_leaves_a_folder_and_prints_a_line_a_step(trained):
         assert line["too_long"] == 0 and 0 < line["shots_kept"] <= 1 and 0 < line["tokens_kept"] < 1
         assert line["nll"] > 0 and 0 < line["reward"] < 2 and line["t_over_target"] > 0
     pruner, encoder, about = load_pruner(folder / "pruner")
-    assert about["target"] == 60 and about["encoder_digest"] == about["model_digest"] == digest_of(
+    assert about["target"] == 60 and about["encoder_digest"] == about["model_digest"] == folder_digest(
         resolve("toy")
     )
     assert about["settings"]["repeats"] == 3 and pruner.hidden == 16
@@ -685,7 +694,8 @@ def test_an_encoder_of_its_own_with_another_tokenizer(trained, other_folder):
     assert done.returncode == 0, done.stderr
     about = json.loads((folder / "far" / "pruner.json").read_text())
     assert (
-        about["encoder_digest"] == digest_of(other_folder) != about["model_digest"] and about["see_question"]
+        about["encoder_digest"] == folder_digest(other_folder) != about["model_digest"]
+        and about["see_question"]
     )
     prune_it = ["prune", "--pruner", "far", "--data", "test.jsonl", "--budget", 40, "--out"]
     done = pruner_main(*prune_it, "far.jsonl", cwd=folder)
