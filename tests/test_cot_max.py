@@ -3,10 +3,18 @@
 import json
 
 import pytest
+import torch
 
+from minicot.data import encode_row, target
 from minicot.pruner import Kept
-from minicot.recipes import cot_max
+from minicot.recipes import cot_max, cot_max_text
+from minicot.recipes.tables import sides
+from minicot.records import Problem, fields_of, read_jsonl
+from minicot.runs import write_jsonl
+from minicot.tokenizer import Tokenizer
 from minicot.toy import shots
+from minicot.training import resolve
+from minicot.weights import load_model
 
 SMALL = ["--fast", "--set", "taught=4", "asked=4", "validation=3", "test=3"]
 
@@ -88,3 +96,84 @@ def test_the_figures_have_a_line_for_each_way(tmp_path):
     svg = (tmp_path / "page_budgets.svg").read_text()
     assert all(f">{name}<" in svg for name in (*cot_max.BASELINES, "pruner")) and ">w-0<" not in svg
     assert ">tokens of the shots<" in svg and (tmp_path / "page_training.svg").is_file()
+
+
+# ---- real text -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    """cot_max_text on small files of one's own, declared below a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    row = lambda i: {
+        "id": str(i),
+        "question": f"What is {i} + 1?",
+        "answer": i + 1,
+        "solution": f"{i}+1. #### {i + 1}",
+    }
+    for name, numbers in (("own", range(9)), ("far", range(20, 24)), ("farther", range(30, 34))):
+        write_jsonl(f"{name}.jsonl", map(row, numbers))
+    E = cot_max_text.E
+    argv = [
+        "--data",
+        "own.jsonl",
+        "--splits",
+        "train[:3]",
+        "train[3:5]",
+        "train[5:]",
+        "--others",
+        "far.jsonl",
+    ]
+    E.parse([*argv, "farther.jsonl", "--fast", "--set", "answers=1", "budgets=256,512"])
+    cot_max_text.declare(E)
+    yield E
+    E.models.clear(), E.reads.clear(), E.made.clear(), E.__dict__.pop("command", None)
+
+
+def test_real_text_reads_every_way_at_every_budget_and_every_claim_names_one(text):
+    named = {side for claim in cot_max_text.CLAIMS for side in sides(claim)}
+    names = {model.name for model in text.models}
+    given = {(name, metric) for name in names for _, take in text.reads[name] for metric in take}
+    assert named <= given
+    assert given == {
+        (name, f"{what}{b}") for name in names for what in ("nll", "solved", "at") for b in (256, 512)
+    }
+    rows = lambda name: [row["id"] for _, row in read_jsonl(text.root / f"{name}.jsonl")]
+    assert rows("pool") == ["0", "1", "2"] and rows("solved") == ["5", "6"]
+    assert rows("answered") == ["20", "21", "30", "31"]
+
+
+def test_real_text_prunes_for_the_same_language_model_by_the_same_pool(text):
+    ran = []
+    text.command = lambda words, log: (
+        ran.append(words) or json.dump({}, open(words[words.index("--out") + 1], "w"))
+    )
+    for name in ("pruner", "topk"):
+        reading = next(one for one, _ in text.reads[name] if one.name == "at512")
+        text.path(reading, 0)
+    flag = lambda words, name: words[words.index(name) + 1]
+    learn, *others = ran
+    assert "--no-accuracy" not in learn and flag(learn, "--split") == "train[3:5]"
+    assert [words[:3] for words in others[::2]] == [["-m", "minicot.pruner", "prune"]] * 2
+    assert {(flag(words, "--budget"), flag(words, "--shots")) for words in others[::2]} == {
+        ("512", str(text.root / "pool.jsonl"))
+    }
+    assert {flag(words, "--model") for words in ran} == {"toy"}
+
+
+def test_the_losses_of_gold_answers_by_hand(text, tmp_path):
+    base = resolve("toy")
+    shot = "Q: What is 1 + 1?\nA: 1+1. #### 2\n\n"
+    told = ("What is 2 + 2?", "4", "2+2. #### 4")
+    problems = [Problem("with", *told, shots=[shot]), Problem("without", *told, shots=[])]
+    write_jsonl(tmp_path / "rows.jsonl", map(fields_of, problems))
+    out = tmp_path / "out.json"
+    cot_max_text.losses(out, tmp_path / "rows.jsonl", tmp_path / "rows.jsonl", base, seed=0)
+    found, tokenizer, model = json.loads(out.read_text()), Tokenizer(base), load_model(base)
+    for name, mode in (("nll", "direct"), ("solved", "plain")):
+        for problem, loss in zip(problems, found[name], strict=True):
+            row = encode_row(tokenizer, problem, target(problem, mode), mode=mode)
+            logp = model(torch.tensor([row.ids])).log_softmax(-1)[0, :-1]
+            own = -logp.gather(1, torch.tensor(row.ids[1:])[:, None])[row.n_prompt - 1 :].mean()
+            assert loss == pytest.approx(own.item(), abs=1e-5)
+    assert found["nll"][0] != found["nll"][1]

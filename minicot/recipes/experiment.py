@@ -52,6 +52,12 @@ SWITCH = {"action": "store_true"}
 ARGUMENTS = {
     "--data": {"help": "toy, toy-pictures, gsm8k:PATH, ..., FILE.jsonl"},
     "--init": {"help": "base model folder"},
+    "--others": {
+        "nargs": "+",
+        "default": [],
+        "metavar": "DATA",
+        "help": "more test sets, for recipes that say so",
+    },
     "--splits": {"nargs": 3, "help": "of data"},
     "--set": {"nargs": "+", "default": [], "metavar": "SIZE=VALUE", "help": "other sizes, see SIZES"},
     "--seeds": {"help": "how many"},
@@ -340,7 +346,8 @@ class Experiment(Worker):
         if args.only and args.name in (None, name) and not args.fast:
             raise InputError("--only is given; allowed: with --name or --fast, as a part is not the whole")
         self.name = name if args.name is None else args.name
-        self.data, self.init, self.toy = args.data, args.init, args.data in TOYS
+        self.data, self.init, self.others = args.data, args.init, args.others
+        self.toy = args.data in TOYS
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise InputError(f"--name is {self.name!r}; allowed: letters, digits, _ . -")
         try:
@@ -356,7 +363,7 @@ class Experiment(Worker):
         for size, words in given.items():
             kind = type(sizes[size])
             try:
-                sizes[size] = tuple(map(float, words.split(","))) if kind is tuple else kind(words)
+                sizes[size] = tuple(map(number, words.split(","))) if kind is tuple else kind(words)
             except ValueError:
                 raise InputError(f"--set {size} is {words!r}; allowed: such as {sizes[size]!r}") from None
             if not all(value >= 0 for value in (sizes[size] if kind is tuple else [sizes[size]])):
@@ -440,5 +447,6 @@ class Experiment(Worker):
         ]
 
 
+number = lambda words: int(words) if words.isdigit() else float(words)
 DRAW = {"batch_size": 256}  # sequences decoded together
 INPUTS = ("init", "model", "ref", "verifier", "samples", "data", "vision", "pruner")
