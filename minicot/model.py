@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+FEW_ROWS, WIDE, BLOCK = 64, 2**22, 1536  # head on a CPU: most rows, weights from where on, rows of a block
+
 
 @dataclass(frozen=True)
 class Llama3Rope:
@@ -339,8 +341,13 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (...,E) -> logits (...,V)."""
-        return F.linear(hidden, (self.lm_head or self.model.embed_tokens).weight)
+        """hidden (...,E) -> logits (...,V). On a CPU a few rows meet a wide matrix a block of it at a time: a
+        BLAS copies it whole."""
+        weight = (self.lm_head or self.model.embed_tokens).weight
+        few = 1 < hidden.shape[:-1].numel() <= FEW_ROWS and weight.numel() > WIDE
+        if few and hidden.device.type == "cpu" and not torch.is_grad_enabled():
+            return torch.cat([F.linear(hidden, block) for block in weight.split(BLOCK)], -1)
+        return F.linear(hidden, weight)
 
     def forward(self, ids, images=None, pad_mask=None):
         """ids (N,T) -> logits (N,T,V)."""

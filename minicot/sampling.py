@@ -19,6 +19,7 @@ from minicot.parallel import spread
 from minicot.records import Response, Samples
 
 BLOCK = 64  # CUDA: the keys that a step reads are rounded up to a multiple of it
+PIECE = 2048  # CPU: tokens of prompts that are computed at a time
 GRAPHS = True  # CUDA: decode by CUDA graphs (written and tested as far as a CPU goes; not yet measured)
 
 
@@ -42,16 +43,17 @@ def choose(logits, uniforms, temperature, top_k, top_p):
     """Next token of each row, on the CPU: the likeliest at temperature 0, else the first whose cumulative
     probability exceeds u. ValueError where a row has no finite logit or a NaN."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    largest, chosen = logits.max(-1)
     if temperature:
         if temperature != 1:  # softmax takes the largest off itself
-            logits = (logits - largest[:, None]) / temperature
+            logits = (logits - logits.amax(-1, keepdim=True)) / temperature
         cumulative = filter_logits(logits, top_k, top_p).softmax(-1).cumsum(-1)
-        total = cumulative[:, -1:]
+        total = cumulative[:, -1:]  # finite where the largest logit is
         u = uniforms.to(cumulative)[:, None] * total
         u = torch.minimum(u, total.nextafter(torch.zeros_like(total)))  # u may have rounded up to the total
-        chosen = torch.searchsorted(cumulative, u, right=True)[:, 0]
-    chosen = torch.where(largest.isfinite(), chosen, -1).cpu()  # the one time that a step waits for a GPU
+        sound, chosen = total[:, 0], torch.searchsorted(cumulative, u, right=True)[:, 0]
+    else:
+        sound, chosen = logits.max(-1)
+    chosen = torch.where(sound.isfinite(), chosen, -1).cpu()  # the one time that a step waits for a GPU
     if (chosen < 0).any():
         raise InputError("the model's logits are not finite; its weights are broken or have diverged")
     return chosen
@@ -295,27 +297,29 @@ def generate(
 
 def prefill(model, cache, slots, prompts, images):
     """Compute prompts, equal ones once, put them into slots (an array) of the DecodeCache -> logits
-    (len(prompts),V) after their last tokens. Padding is on the right: nothing needs to hide it."""
-    device = cache.own_length.device
+    (len(prompts),V) after their last tokens. Padding is on the right: nothing needs to hide it. A CPU takes
+    about PIECE tokens at a time, whose activations stay in its cache."""
+    device, last = cache.own_length.device, []
     keys = [(tuple(prompt), tuple(map(id, pictures))) for prompt, pictures in zip(prompts, images)]
     first = {key: i for i, key in reversed(list(enumerate(keys)))}
     unique = sorted(first.values())
-    lengths = np.array([len(prompts[i]) for i in unique])
-    P = int(lengths.max())
-    ids = torch.tensor([[*prompts[i], *[0] * (P - len(prompts[i]))] for i in unique], device=device)
-    pixels = [picture for i in unique for picture in images[i]]
-    embeds = model.embed(ids, torch.stack(pixels).to(device)) if pixels else model.embed(ids)
-    computed = KVCache(model.config, len(unique), P, dtype=cache.dtype, device=device)
-    hidden = model.hidden_states(embeds, cache=computed)
-    last = hidden[torch.arange(len(unique), device=device), torch.from_numpy(lengths - 1).to(device)]
     of = np.array([unique.index(first[key]) for key in keys])
-    if len(unique) == len(keys):
-        cache.admit(slots, computed, lengths)
-        return model.head(last)
-    place = torch.from_numpy(of).to(device)
-    computed.select(place)
-    cache.admit(slots, computed, lengths[of])
-    return model.head(last)[place]
+    piece = max(1, PIECE // max(map(len, prompts))) if device.type == "cpu" else len(unique)
+    for start in range(0, len(unique), piece):
+        part = unique[start : start + piece]
+        lengths = np.array([len(prompts[i]) for i in part])
+        P = int(lengths.max())
+        ids = torch.tensor([[*prompts[i], *[0] * (P - len(prompts[i]))] for i in part], device=device)
+        pixels = [picture for i in part for picture in images[i]]
+        embeds = model.embed(ids, torch.stack(pixels).to(device)) if pixels else model.embed(ids)
+        computed = KVCache(model.config, len(part), P, dtype=cache.dtype, device=device)
+        hidden = model.hidden_states(embeds, cache=computed)
+        last += [hidden[torch.arange(len(part), device=device), torch.from_numpy(lengths - 1).to(device)]]
+        takers = ((start <= of) & (of < start + piece)).nonzero()[0]
+        if len(takers) > len(part):
+            computed.select(torch.from_numpy(of[takers] - start).to(device))
+        cache.admit(slots[takers], computed, lengths[of[takers] - start])
+    return model.head(torch.cat(last))[torch.from_numpy(of).to(device)]
 
 
 def encode_prompts(model, tokenizer, problems, *, mode, max_new_tokens, reader=None, begun=None):

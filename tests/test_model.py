@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 
 from minicot.families import parse_config
@@ -353,6 +354,27 @@ def test_random_weights_come_from_the_generator_alone():
     assert abs(a.model.embed_tokens.weight.std() - 0.15) < 0.01
     with torch.device("meta"):
         assert all(parameter.is_meta for parameter in tiny().parameters())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 6])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_wide_head_a_block_at_a_time_equals_the_plain_product(monkeypatch, rows, tied):
+    model = tiny(tie_word_embeddings=tied)
+    hidden = torch.randn(rows, 1, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    plain = model.head(hidden)
+    assert plain.requires_grad
+    blocks, linear = [], F.linear
+    monkeypatch.setattr("minicot.model.WIDE", 0)
+    monkeypatch.setattr("minicot.model.BLOCK", 40)
+    monkeypatch.setattr(F, "linear", lambda x, w: (blocks.append(len(w)), linear(x, w))[1])
+    with torch.no_grad():
+        found = model.head(hidden)
+    V = model.config.vocab_size
+    assert blocks == ([V] if rows == 1 else [40] * (V // 40) + [V % 40] * (V % 40 > 0))
+    torch.testing.assert_close(found, plain, atol=1e-6, rtol=1e-6)
+    blocks.clear()
+    model.head(hidden)  # a product that is trained through is not cut
+    assert blocks == [V]
 
 
 def test_images_are_refused_by_a_text_model():

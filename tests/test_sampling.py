@@ -90,6 +90,22 @@ def test_equal_prompts_are_computed_once_but_keep_their_own_seeds(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("piece", [1, 6, 12])
+def test_prompts_are_computed_a_piece_at_a_time_and_equal_ones_once(model, monkeypatch, piece):
+    prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[0], PROMPTS[1], PROMPTS[2], PROMPTS[3]]
+    options = dict(max_new_tokens=12, stop_ids=[3], seed=[1, 2, 3, 4, 5, 6])
+    whole = generate(model, prompts, **options)
+    monkeypatch.setattr("minicot.sampling.PIECE", piece)
+    widths, embed = [], model.embed
+    model.embed = lambda ids, *images: (widths.append(tuple(ids.shape)), embed(ids, *images))[1]
+    found = generate(model, prompts, **options)
+    del model.embed
+    assert found == whole
+    pieces = {1: [(1, 3), (1, 6), (1, 1), (1, 2)], 6: [(1, 3), (1, 6), (1, 1), (1, 2)], 12: [(2, 6), (2, 2)]}
+    assert widths[: len(pieces[piece])] == pieces[piece]
+    assert widths[len(pieces[piece])] == (6, 1)  # then they are decoded together
+
+
 def test_rows_that_share_their_prompts_keys_attend_as_with_copies(model):
     lengths, n, steps = torch.tensor([3, 1, 5]), 2, 3
     draw = torch.Generator().manual_seed(0)
