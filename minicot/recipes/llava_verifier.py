@@ -3,7 +3,7 @@
     python -m minicot.recipes.llava_verifier             # 3 seeds
     python -m minicot.recipes.llava_verifier --fast      # a small part of the work, one seed
 
-From the SFT model "both" of the recipe llava_reasoner: DPO on its own chains, whole, at the rate and beta
+From the SFT model "both" of the recipe llava_reasoner, which is taken from there: DPO on its own chains, whole, at the rate and beta
 whose weighted vote answers most validation problems rightly. Then a second round from there, at the same
 setting: the rejected chains are the wrong ones that the first round's log-ratio puts highest. Each ranks n
 samples a test problem, drawn from "both" at temperature 0.7. Control: a model of as many generic pairs (what
@@ -20,9 +20,9 @@ from minicot import plots
 from minicot.answers import split_steps
 from minicot.data import distinct
 from minicot.metrics import mean_interval, paired_difference
+from minicot.recipes import llava_reasoner
 from minicot.recipes.experiment import Experiment
-from minicot.recipes.llava_reasoner import FAST, PICTURES, SIZES, all_taught, as_many_pairs, both_mix
-from minicot.recipes.llava_reasoner import generic_pairs
+from minicot.recipes.llava_reasoner import FAST, PICTURES, SIZES, as_many_pairs, generic_pairs
 from minicot.recipes.tables import claims
 from minicot.records import read_jsonl, read_samples, samples_to_row
 from minicot.runs import write_json, write_jsonl
@@ -143,8 +143,8 @@ def wrong_chains(out, scored, *, seed):
 
 def declare(E):
     s = E.size
-    both = both_mix(E, all_taught(E))
-    drawn = E.samples("train-samples", both, n=s.k, **E.problems(E.train, s.sampled))
+    both = E.borrow(llava_reasoner.E, llava_reasoner.declare, ())["both"]
+    drawn = E.samples("train-samples", both, n=s.k, **llava_reasoner.E.problems(E.train, s.sampled))
     drawing = dict(n=s.n, temperature=s.temperature)
     chains, apart = (
         E.samples(f"{split}-samples", both, **drawing, **E.problems(part, limit))
