@@ -3,11 +3,11 @@
     python -m minicot.recipes.llava_verifier             # 3 seeds
     python -m minicot.recipes.llava_verifier --fast      # a small part of the work, one seed
 
-From the SFT model "both" of the recipe llava_reasoner, which is taken from there: DPO on its own chains, whole, at the rate and beta
-whose weighted vote answers most validation problems rightly. Then a second round from there, at the same
-setting: the rejected chains are the wrong ones that the first round's log-ratio puts highest. Each ranks n
-samples a test problem, drawn from "both" at temperature 0.7. Control: a model of as many generic pairs (what
-a picture shows).
+From the SFT model "both", which the recipe llava_reasoner leaves (or which is made there): DPO on its own
+chains, whole, at the rate and beta whose weighted vote answers most validation problems rightly. Then a
+second round from there, at the same setting: the rejected chains are the wrong ones that the first round's
+log-ratio puts highest. Each ranks n samples a test problem, drawn from "both" at temperature 0.7. Control: a
+model of as many generic pairs (what a picture shows).
 
 A chain's score is made of its tokens' log-ratios to "both": their sum, their mean, or the sum after each is
 clipped to +-1. Score and weight of the vote (exp(beta r)) are chosen by the vote on validation problems too.
@@ -143,8 +143,9 @@ def wrong_chains(out, scored, *, seed):
 
 def declare(E):
     s = E.size
-    both = E.borrow(llava_reasoner.E, llava_reasoner.declare, ())["both"]
-    drawn = E.samples("train-samples", both, n=s.k, **llava_reasoner.E.problems(E.train, s.sampled))
+    home = Experiment("llava_reasoner", "", llava_reasoner.SIZES, llava_reasoner.FAST, **PICTURES)
+    both = E.borrow(home, llava_reasoner.declare, ())["both"]
+    drawn = E.samples("train-samples", both, n=s.k, **home.problems(E.train, s.sampled))
     drawing = dict(n=s.n, temperature=s.temperature)
     chains, apart = (
         E.samples(f"{split}-samples", both, **drawing, **E.problems(part, limit))
