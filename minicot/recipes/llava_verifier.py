@@ -22,7 +22,6 @@ from minicot.data import distinct
 from minicot.metrics import mean_interval, paired_difference
 from minicot.recipes import llava_reasoner
 from minicot.recipes.experiment import Experiment
-from minicot.recipes.llava_reasoner import FAST, PICTURES, SIZES, as_many_pairs, generic_pairs
 from minicot.recipes.tables import claims
 from minicot.records import read_jsonl, read_samples, samples_to_row
 from minicot.runs import write_json, write_jsonl
@@ -30,13 +29,13 @@ from minicot.toy import pictures
 from minicot.verifier import curves, step_sums
 from minicot.weights import read_json
 
-SIZES = SIZES | {
+SIZES = llava_reasoner.SIZES | {
     "n": 16,  # samples a problem that are chosen among
     "temperature": 0.7,
     "lrs": (1e-5, 3e-5, 1e-4),
     "betas": (0.1, 0.5),
 }
-FAST = FAST | {"n": 4, "betas": (0.1,)}
+FAST = llava_reasoner.FAST | {"n": 4, "betas": (0.1,)}
 SCORES = {
     "sum": sum,
     "mean": lambda ratios: sum(ratios) / max(1, len(ratios)),
@@ -142,8 +141,8 @@ def wrong_chains(out, scored, *, seed):
 
 
 def declare(E):
-    s = E.size
-    home = Experiment("llava_reasoner", "", llava_reasoner.SIZES, llava_reasoner.FAST, **PICTURES)
+    s, sizes = E.size, (llava_reasoner.SIZES, llava_reasoner.FAST)
+    home = Experiment("llava_reasoner", "", *sizes, **llava_reasoner.PICTURES)
     both = E.borrow(home, llava_reasoner.declare, ())["both"]
     drawn = E.samples("train-samples", both, n=s.k, **home.problems(E.train, s.sampled))
     drawing = dict(n=s.n, temperature=s.temperature)
@@ -168,10 +167,10 @@ def declare(E):
         E.read("curves", all_curves, chosen, tested, of=[model])
         return model, chosen, tested, E.samples("train-scored", model, samples=drawn, **score)
 
-    own = E.file("pairs", as_many_pairs, drawn, drawn, "own")
+    own = E.file("pairs", llava_reasoner.as_many_pairs, drawn, drawn, "own")
     dpo, E.how, tested, ranked = align("dpo", both, own, grid)
     align("dpo-2", dpo, E.file("hardest", hardest_pairs, ranked), dict(at=(dpo, "lr", "beta")))
-    align("dpo-generic", both, E.file("pairs-generic", generic_pairs, own), grid)
+    align("dpo-generic", both, E.file("pairs-generic", llava_reasoner.generic_pairs, own), grid)
     E.wrong = E.file("wrong-chains", wrong_chains, tested)
     E.read("greedy", take={"greedy": "correct"}, **E.problems(E.test, s.test))
 
@@ -209,7 +208,7 @@ E = Experiment(
     "LLaVA-Reasoner's verifier: Improve Vision Language Model Chain-of-thought Reasoning (arXiv 2410.16198)",
     SIZES,
     FAST,
-    **PICTURES,
+    **llava_reasoner.PICTURES,
 )
 
 if __name__ == "__main__":
