@@ -105,26 +105,15 @@ def test_the_figures_have_a_line_for_each_way(tmp_path):
 def text(tmp_path, monkeypatch):
     """cot_max_text on small files of one's own, declared below a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    row = lambda i: {
-        "id": str(i),
-        "question": f"What is {i} + 1?",
-        "answer": i + 1,
-        "solution": f"{i}+1. #### {i + 1}",
-    }
+    told = lambda i: {"question": f"What is {i} + 1?", "answer": i + 1, "solution": f"{i}+1. #### {i + 1}"}
+    row = lambda i: {"id": str(i), **told(i)}
     for name, numbers in (("own", range(9)), ("far", range(20, 24)), ("farther", range(30, 34))):
         write_jsonl(f"{name}.jsonl", map(row, numbers))
     E = cot_max_text.E
-    argv = [
-        "--data",
-        "own.jsonl",
-        "--splits",
-        "train[:3]",
-        "train[3:5]",
-        "train[5:]",
-        "--others",
-        "far.jsonl",
-    ]
-    E.parse([*argv, "farther.jsonl", "--fast", "--set", "answers=1", "budgets=256,512"])
+    splits = ["--splits", "train[:3]", "train[3:5]", "train[5:]"]
+    others = ["--others", "far.jsonl", "farther.jsonl"]
+    sizes = ["--fast", "--set", "answers=1", "budgets=256,512"]
+    E.parse(["--data", "own.jsonl", *splits, *others, *sizes])
     cot_max_text.declare(E)
     yield E
     E.models.clear(), E.reads.clear(), E.made.clear(), E.__dict__.pop("command", None)

@@ -89,7 +89,6 @@ def test_equal_prompts_are_computed_once_but_keep_their_own_seeds(model):
     assert widths[0] == (2, 6) and len({tuple(ids[0]) for ids in found[:4]}) == 4
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("piece", [1, 6, 12])
 def test_prompts_are_computed_a_piece_at_a_time_and_equal_ones_once(model, monkeypatch, piece):
     prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[0], PROMPTS[1], PROMPTS[2], PROMPTS[3]]
@@ -106,6 +105,7 @@ def test_prompts_are_computed_a_piece_at_a_time_and_equal_ones_once(model, monke
     assert widths[len(pieces[piece])] == (6, 1)  # then they are decoded together
 
 
+@torch.no_grad()
 def test_rows_that_share_their_prompts_keys_attend_as_with_copies(model):
     lengths, n, steps = torch.tensor([3, 1, 5]), 2, 3
     draw = torch.Generator().manual_seed(0)
