@@ -341,8 +341,8 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (...,E) -> logits (...,V). On a CPU a few rows meet a wide matrix a block of it at a time: 32
-        rows and V = 49,152, E = 576 take 1.3 times as long at once (two threads)."""
+        """hidden (...,E) -> logits (...,V). On a CPU a few rows meet a wide matrix a block of it at a time.
+        At once, 32 rows, V = 49,152 and E = 576 take 1.3 times as long (two threads)."""
         weight = (self.lm_head or self.model.embed_tokens).weight
         few = 1 < hidden.shape[:-1].numel() <= FEW_ROWS and weight.numel() > WIDE
         if few and hidden.device.type == "cpu" and not torch.is_grad_enabled():
