@@ -42,9 +42,9 @@ from minicot.scoring import score
 from minicot.sets import default_length, read_problems, refuse_shared
 from minicot.tokenizer import Tokenizer
 from minicot.runs import Log, Run, check_out, load_checkpoint, write_jsonl, written_beside
-from minicot.training import autocast, checkpoint_layers, clip_gradients, digest_of, make_optimizer
-from minicot.training import pick_device, refuse_non_finite, report_unreadable, resolve, set_lr, train_first
-from minicot.training import train_only, weights_digest
+from minicot.training import autocast, clip_gradients, digest_of, make_optimizer
+from minicot.training import pick_device, refuse_non_finite, report_unreadable, resolve, set_layers, set_lr
+from minicot.training import train_first, train_only, weights_digest
 from minicot.verifier import reward_scores
 from minicot.weights import load_model
 
@@ -278,6 +278,7 @@ def reference_logps(run, folder, tokenizer, groups, reader, device):
             )
     else:
         model = load_model(folder, dtype=torch.float32, device=device)
+        set_layers(model, compile=config.compile)
 
         def sums(parts):
             for part in parts:
@@ -410,7 +411,7 @@ def load_policy(config, device):
     allowed = f"a tokenizer of at most {model.config.vocab_size} ids"
     check(tokenizer.vocab_size <= model.config.vocab_size, "--init", str(folder), allowed)
     train_only(model, config.train)
-    checkpoint_layers(model, config.checkpoint_activations)
+    set_layers(model, compile=config.compile, checkpoint_activations=config.checkpoint_activations)
     return folder, model, tokenizer, image_reader(model, tokenizer, folder)
 
 

@@ -34,8 +34,8 @@ from minicot.scoring import score, step_logits
 from minicot.sets import TOYS, read_problems, refuse_shared
 from minicot.tokenizer import Tokenizer
 from minicot.runs import Log, Run, check_out, load_checkpoint
-from minicot.training import autocast, checkpoint_layers, clip_gradients, digest_of, make_optimizer
-from minicot.training import pick_device, refuse_non_finite, report_unreadable, resolve, set_lr, train_only
+from minicot.training import autocast, clip_gradients, digest_of, make_optimizer, pick_device
+from minicot.training import refuse_non_finite, report_unreadable, resolve, set_layers, set_lr, train_only
 from minicot.weights import attach_vision, load_model
 
 
@@ -43,7 +43,7 @@ def load_start(config, init, folder, device):
     """(model, tokenizer, reader of pictures or None) that --init, --tokenizer and --vision name."""
     tokenizer = Tokenizer(resolve(config.tokenizer) if config.tokenizer else folder, config.chat_template)
     model = load_model(init, dtype=torch.float32, device=device, seed=config.seed)
-    checkpoint_layers(model, config.checkpoint_activations)
+    set_layers(model, compile=config.compile, checkpoint_activations=config.checkpoint_activations)
     if config.vision:
         model, vision = attach_encoder(model, tokenizer, config), Path(config.vision)
         folder = vision.parent if vision.is_file() else vision

@@ -55,6 +55,7 @@ class Flags:
 
 CHAT_TEMPLATE = flag("model", "", "chat template: the folder's own, or plain (none), or a jinja FILE")
 DEVICE = flag("model", "auto", "auto = cuda where there is one")
+COMPILE = flag("model", False, "fuse kernels by torch.compile: faster on a GPU, after a minute or so")
 LENGTH = flag("data", 0, "longest response in tokens (0 = 96 on toy, 256 elsewhere)", least=0)
 STYLE = flag("data", "", "how a final answer is marked (default: the set's own; see answers.py)")
 
@@ -80,6 +81,7 @@ class LoopConfig(Flags):
     dtype: Literal["float32", "bfloat16"] = flag(
         "model", "float32", "bfloat16 = autocast; weights stay float32"
     )
+    compile: bool = COMPILE
     shard: bool = flag("model", False, "torchrun: each rank holds a part of the weights (FSDP2)")
     checkpoint_activations: bool = flag(
         "model", False, "keep each layer's input alone and compute it again in backward"
@@ -247,6 +249,7 @@ class SampleConfig(Flags):
     encoder: str = flag("model", "", "--prune: the folder of the pruner's encoder, where it has moved")
     device: Literal["auto", "cpu", "cuda"] = DEVICE
     dtype: Literal["float32", "bfloat16", "float64"] = flag("model", "float32", "of weights and arithmetic")
+    compile: bool = COMPILE
     evaluate: bool = flag("method", False, "greedy accuracy and, with --n over 1, majority@k and pass@k")
     assess: bool = flag("method", False, "the model's own scores of --samples: A-accuracy, reference NLL")
     reference: bool = flag("method", False, "--assess: the written solution is one of the right responses")

@@ -208,7 +208,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask) -> torch.Ten
 
 
 class Attention(nn.Module):
-    """Project to heads, norm q and k (Qwen3), rotate them, extend the cache, attend, project back."""
+    """The projections around `attend`: to heads, whose q and k are normed (Qwen3) and rotated, and back."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -222,14 +222,18 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, mask, cache=None):
+    def project(self, x, cos, sin):
+        """x (N,T,E) -> q (N,H,T,D), k and v (N,K,T,D)."""
         N, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(N, T, -1, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).view(N, T, -1, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(N, T, -1, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        x = attend(q, k, v, mask) if cache is None else cache.attend(self.layer, q, k, v, mask)
-        return self.o_proj(x.transpose(1, 2).reshape(N, T, -1))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def join(self, heads):
+        """heads (N,H,T,D) -> (N,T,E)."""
+        N, _, T, _ = heads.shape
+        return self.o_proj(heads.transpose(1, 2).reshape(N, T, -1))
 
 
 class MLP(nn.Module):
@@ -256,9 +260,20 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def before(self, x, cos, sin):
+        """What stands before attention: x (N,T,E) -> q, k, v."""
+        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+
+    def after(self, x, heads):
+        """What stands behind it: x (N,T,E), and what each head read (N,H,T,D) -> (N,T,E)."""
+        x = x + self.self_attn.join(heads)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x, cos, sin, mask, cache=None):
+        q, k, v = self.before(x, cos, sin)
+        if cache is None:
+            return self.after(x, attend(q, k, v, mask))
+        return self.after(x, cache.attend(self.self_attn.layer, q, k, v, mask))
 
 
 class Transformer(nn.Module):
@@ -268,6 +283,7 @@ class Transformer(nn.Module):
     """
 
     checkpoint_activations = False  # keep the layers' inputs alone; backward computes the rest again
+    compiled = False  # are the layers' halves compiled? (training.set_layers)
 
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
         super().__init__()

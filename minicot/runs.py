@@ -24,7 +24,7 @@ from minicot.config import check, handle_signals
 from minicot.errors import InputError
 from minicot.parallel import first, from_first, largest, placed, whole
 from minicot.tokenizer import FILES, Tokenizer
-from minicot.training import mfu, weights_digest
+from minicot.training import mfu, set_layers, weights_digest
 from minicot.weights import load_model, read_json, save_model
 
 
@@ -78,7 +78,7 @@ def write_jsonl(path, rows):
 # ---- the run folder ----------------------------------------------------------------------------------
 
 PER_CALL = ("resume", "overwrite", "stop_at", "save_every", "peek")  # may differ when a run is resumed
-PER_CALL += ("shard", "checkpoint_activations")
+PER_CALL += ("shard", "compile", "checkpoint_activations")
 OURS = {
     *("settings.json", "metrics.jsonl", "eval.json", "comparison.json", "samples.jsonl", "loss.svg"),
     *("ref_logps.safetensors", "config.json", "model.safetensors", "preprocessor_config.json", *FILES),
@@ -299,6 +299,7 @@ def open_model(folder, config, device, reward=False):
     model's."""
     tokenizer = Tokenizer(folder, config.chat_template)
     model = load_model(folder, dtype=getattr(torch, config.dtype), device=device, reward=reward).eval()
+    set_layers(model, compile=config.compile)
     allowed = f"one whose tokenizer has at most {model.config.vocab_size} ids"
     check(tokenizer.vocab_size <= model.config.vocab_size, "the model", str(folder), allowed)
     return model, tokenizer

@@ -18,7 +18,7 @@ from minicot.model import KVCache, attend
 from minicot.parallel import spread
 from minicot.records import Response, Samples
 
-BLOCK = 64  # CUDA: the keys that a step reads are rounded up to a multiple of it
+BLOCK = 64  # CUDA: the keys that a step reads are rounded up to it, twice, four times, ... as many
 PIECE = 2048  # CPU: tokens of prompts that are computed at a time
 GRAPHS = True  # CUDA: decode by CUDA graphs (written and tested as far as a CPU goes; not yet measured)
 
@@ -66,9 +66,10 @@ class DecodeCache:
     copy of the prompt, as in Hydragen (arXiv 2402.05099): on long prompts decoding is reading keys. Both
     parts' scores go through one softmax. Twin: KVCache with the prompt copied n times. Slots are refilled."""
 
-    def __init__(self, config, slots, n, max_prompt, max_new, *, dtype, device, block=1):
+    def __init__(self, config, slots, n, max_prompt, max_new, *, dtype, device, block=1, compiled=False):
         make = lambda rows, length: KVCache(config, rows, length, dtype=dtype, device=device)
         self.n, self.length, self.dtype, self.block = n, 0, dtype, block
+        self.two_parts = torch.compile(two_parts, dynamic=True) if compiled else two_parts
         self.prompts = make(slots, max_prompt) if n > 1 else None
         self.own = make(slots * n, max_new + (max_prompt if n == 1 else 0))
         for cache in (self.own, self.prompts) if n > 1 else (self.own,):
@@ -107,15 +108,16 @@ class DecodeCache:
 
     def plan(self, live):
         """Before each step, on the host: how much of the buffers the rows at work (an array of bool) read,
-        rounded up to a multiple of `block`, and whether all of them read all of it (no mask is needed then),
-        of their own tokens and of prompts: what a step's shapes depend on."""
+        rounded up to `block`, twice, four times, ... as much (1: not at all), and whether all of them read
+        all of it (no mask is needed then), of their own tokens and of prompts: a step's shapes."""
         found = []
         for cache, lengths in (
             (self.own, self.lengths[1][live] + 1),
             (self.prompts, self.lengths[0][live.reshape(-1, self.n).any(1)]),
         ):
             longest = int(lengths.max()) if cache else 0
-            end = min(-(-longest // self.block) * self.block, cache.real.shape[1]) if cache else 0
+            end = longest if self.block == 1 else self.block << (-(-longest // self.block) - 1).bit_length()
+            end = min(end, cache.real.shape[1]) if cache else 0
             found.append((end, self.block == 1 and end == int(lengths.min())))
         self.lengths[1][live] += 1
         self.reads = *found[0], *found[1]
@@ -140,22 +142,32 @@ class DecodeCache:
 
     def attend(self, layer, q, k, v, mask):
         """q (R,H,1,D), k, v (R,K,1,D) -> (R,H,1,D)."""
-        (R, H, _, D), K, (S, _, P, _) = q.shape, k.shape[1], self.reads
+        S, _, P, _ = self.reads
         self.own.keys[layer][self.rows, :, self.at] = k[:, :, 0]
         self.own.values[layer][self.rows, :, self.at] = v[:, :, 0]
         keys, values = self.own.keys[layer][:, :, :S], self.own.values[layer][:, :, :S]
         if not self.prompts:
             return attend(q, keys, values, self.own_seen)
-        hide = lambda scores, seen: scores if seen is None else scores.masked_fill(~seen, -torch.inf)
-        B, G, q = R // self.n, H // K, q.view(R, K, H // K, D) * D**-0.5
-        to_own = hide(q @ keys.transpose(2, 3), self.own_seen)  # (R,K,G,S)
-        of_slots = lambda x: x.view(B, self.n, K, G, -1).transpose(1, 2).reshape(B, K, self.n * G, -1)
-        of_rows = lambda x: x.view(B, K, self.n, G, -1).transpose(1, 2).reshape(R, K, G, -1)
-        keys = self.prompts.keys[layer][:, :, :P]
-        to_prompt = of_rows(hide(of_slots(q) @ keys.transpose(2, 3), self.prompt_seen))  # (R,K,G,P)
-        weights = torch.cat([to_prompt, to_own], -1).softmax(-1)
-        from_prompt = of_rows(of_slots(weights[..., :P]) @ self.prompts.values[layer][:, :, :P])
-        return (from_prompt + weights[..., P:] @ values).reshape(R, H, 1, D)
+        prompt = (cache[layer][:, :, :P] for cache in (self.prompts.keys, self.prompts.values))
+        return self.two_parts(q, keys, values, self.own_seen, *prompt, self.prompt_seen)
+
+
+def two_parts(q, keys, values, seen, prompt_keys, prompt_values, prompt_seen):
+    """A step's attention of R = B n rows to B prompts and to their own tokens, by one softmax.
+
+    q (R,H,1,D), keys and values (R,K,S,D) and (B,K,P,D), seen (R,1,1,S) and (B,1,1,P), None = all of it ->
+    (R,H,1,D)."""
+    (R, H, _, D), (B, K, P, _) = q.shape, prompt_keys.shape
+    n, G = R // B, H // K
+    hide = lambda scores, seen: scores if seen is None else scores.masked_fill(~seen, -torch.inf)
+    of_slots = lambda x: x.view(B, n, K, G, -1).transpose(1, 2).reshape(B, K, n * G, -1)
+    of_rows = lambda x: x.view(B, K, n, G, -1).transpose(1, 2).reshape(R, K, G, -1)
+    q = q.view(R, K, G, D) * D**-0.5
+    to_own = hide(q @ keys.transpose(2, 3), seen)  # (R,K,G,S)
+    to_prompt = of_rows(hide(of_slots(q) @ prompt_keys.transpose(2, 3), prompt_seen))  # (R,K,G,P)
+    weights = torch.cat([to_prompt, to_own], -1).softmax(-1)
+    from_prompt = of_rows(of_slots(weights[..., :P]) @ prompt_values)
+    return (from_prompt + weights[..., P:] @ values).reshape(R, H, 1, D)
 
 
 def decode(model, cache, tokens, live):
@@ -241,7 +253,8 @@ def generate(
         dtype = torch.get_autocast_dtype(device.type)
     slots = min(len(prompts), max(1, max_rows // n)) if max_rows else len(prompts)
     graphs = GRAPHS and device.type == "cuda"
-    room = dict(dtype=dtype, device=device, block=BLOCK if graphs else 1)
+    compiled = getattr(model, "language_model", model).compiled
+    room = dict(dtype=dtype, device=device, block=BLOCK if graphs else 1, compiled=compiled)
     cache = DecodeCache(model.config, slots, n, longest, max_new_tokens, **room)
     make_step = lambda: Graphs(model, cache) if graphs else partial(decode, model, cache)
     step = make_step()

@@ -16,8 +16,7 @@ saved, and none of the numbers changes:
   the backward computes again, so that memory does not grow with their number times the vocabulary; a chunk's
   gradient is written over its log-probabilities (PickedLogps).
 
-The rule: on CUDA rows are packed; elsewhere where that spares more multiplications than its gathers cost,
-`pays` below, else they are padded, with the same savings at the head.
+The rule is `pays` below: where packing spares too little, rows are padded, with the same savings at the head.
 
 Prefix sharing for DPO: arXiv 2410.20305; for GRPO: PrefixGrouper, arXiv 2506.05433.
 Letters: N rows of B groups, T tokens, L tokens of the packed row, M scored tokens, V vocabulary; P prompt and
@@ -26,6 +25,7 @@ R response tokens of the longest; E hidden size; H heads, D channels of a head.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
@@ -36,7 +36,8 @@ from minicot.model import attend
 
 CHUNK = 2**26  # logits in memory at once: 256 MiB in float32
 BLOCK = 128  # FlexAttention's blocks of queries and of keys
-GATHER = 90  # multiplications in the time of a number gathered: fitted to the rows of tests/bench, 2 threads
+SPARED = 1 / 8  # CUDA: least share of the tokens that packing has to spare
+GATHER = 90  # CPU: multiplications in the time of a number gathered: fitted to tests/bench, 2 threads
 MASK = 2**24  # entries of the mask in memory at once: 16 MiB each of a few bool tensors
 
 
@@ -61,7 +62,7 @@ def hidden_at(model, batch, places):
     assert places.shape == batch.ids.shape, f"places {tuple(places.shape)}, ids {tuple(batch.ids.shape)}"
     assert not (places & ~batch.pad_mask).any(), "a place is padding"
     packed = pack(batch)
-    if not batch.ids.is_cuda and not pays(packed, model.config):
+    if not pays(packed, model.config):
         return hidden_plain(model, batch)[places]
     attention = packed.block_mask() if batch.ids.is_cuda else TwoParts(packed)
     at = packed.at[places]  # before the model runs, for which a GPU would else have to be waited for
@@ -188,38 +189,40 @@ def pack(batch):
     """Batch -> Packed. What a group's rows share is their longest common beginning before any scored token;
     a group of one row shares nothing. Padding, on either side, is left out. (A group's rows have the same
     prompt, pictures included; were they to differ before a picture, embed would count too few of them.)"""
-    texts = [ids[real].tolist() for ids, real in zip(batch.ids.cpu(), batch.pad_mask.cpu())]
-    scored = [
-        mask[real].nonzero()[:, 0].tolist() for mask, real in zip(batch.loss_mask.cpu(), batch.pad_mask.cpu())
-    ]
-    ids, positions, group, row, prompts, rows = [], [], [], [], [], {}
+    all_ids, real, scored = (x.cpu().numpy() for x in (batch.ids, batch.pad_mask, batch.loss_mask))
+    texts = [ids[mask] for ids, mask in zip(all_ids, real)]
+    limits = [int(marks[mask].argmax()) for marks, mask in zip(scored, real)]  # 0 where nothing is scored
+    ids, positions, group, row, prompts, rows, end = [], [], [], [], [], {}, 0
 
     def put(text, first, b, n):
-        ids.extend(text)
-        positions.extend(range(first, first + len(text)))
-        group.extend([b] * len(text))
-        row.extend([n] * len(text))
-        return range(len(ids) - len(text), len(ids))
+        nonlocal end
+        ids.append(text)
+        positions.append(np.arange(first, first + len(text)))
+        group.append(np.full(len(text), b))
+        row.append(np.full(len(text), n))
+        end += len(text)
+        return np.arange(end - len(text), end)
 
-    group_of = batch.group.tolist()
+    group_of = batch.group.cpu().numpy()
     for b in range(len(batch.present)):
-        members = [n for n, its_group in enumerate(group_of) if its_group == b]
-        limit = min((scored[n][0] for n in members if scored[n]), default=0)
+        members = np.flatnonzero(group_of == b).tolist()
+        limit = min((limits[n] for n in members if limits[n]), default=0)
         shared = common_beginning([texts[n] for n in members], limit)
         prompts.append(put(texts[members[0]][:shared], 0, b, -1))
         for n in members:
             rows[n] = put(texts[n][shared:], shared, b, n)
-    in_order = range(len(texts))
-    tensor = lambda values: torch.tensor(values, dtype=torch.long, device=batch.ids.device)
-    at = tensor([place for n in in_order for place in (*prompts[group_of[n]], *rows[n])])
+    rows = [rows[n] for n in range(len(texts))]
+    tensor = lambda values: torch.from_numpy(np.asarray(values)).to(batch.ids.device)
+    at = np.full(all_ids.shape, -1)
+    at[real] = np.concatenate([place for n in range(len(rows)) for place in (prompts[group_of[n]], rows[n])])
     return Packed(
-        tensor([ids]),
-        tensor([positions]),
-        tensor(group),
-        tensor(row),
-        torch.full_like(batch.ids, -1).masked_scatter(batch.pad_mask, at),
+        tensor(np.concatenate(ids))[None],
+        tensor(np.concatenate(positions))[None],
+        tensor(np.concatenate(group)),
+        tensor(np.concatenate(row)),
+        tensor(at),
         tensor(rectangle(prompts)),
-        tensor(rectangle([rows[n] for n in in_order])),
+        tensor(rectangle(rows)),
         batch.group,
     )
 
@@ -231,8 +234,13 @@ def pays(packed, config):
     + (N T^2 - B P^2 - 2N R (P + R)) HD                    attention; TwoParts masks the rows', so that no
                                                            half is spared (without prompts it is: N R^2)
     >= GATHER ((BP + NR + L) HD + 2 (BP + N (P + R)) KD)   queries to both parts and back, keys and values
+
+    On CUDA, which gathers nothing, where it spares SPARED of the tokens: FlexAttention is slower than the
+    fused causal kernel that padded rows take (tests/bench says by how much).
     """
     (N, T), (B, P), R, L = packed.at.shape, packed.prompt_at.shape, packed.row_at.shape[1], len(packed.row)
+    if packed.ids.is_cuda:
+        return N * T - L >= SPARED * N * T
     width, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     token = config.hidden_size * (2 * (width + keys) + 3 * config.intermediate_size)
     seen = B * P**2 + N * R * (2 * (P + R) if P else R)
@@ -241,18 +249,21 @@ def pays(packed, config):
 
 
 def common_beginning(texts, limit):
-    """How many tokens all texts begin with: at most `limit`, less than any text has, 0 for a single text."""
+    """How many tokens all texts begin with: at most `limit`, less than any text has, 0 for a single
+    text."""
     if len(texts) == 1:
         return 0
     limit = min(limit, *(len(text) - 1 for text in texts))
-    differ = (t for t in range(limit) if len({text[t] for text in texts}) > 1)
-    return next(differ, limit)
+    differ = np.any([np.not_equal(text[:limit], texts[0][:limit]) for text in texts], axis=0)
+    return int(differ.argmax()) if differ.any() else limit
 
 
 def rectangle(spans):
-    """Ranges of places -> lists of one length, -1 behind their ends."""
-    longest = max(map(len, spans))
-    return [[*span, *[-1] * (longest - len(span))] for span in spans]
+    """Arrays of places -> one row each, -1 behind their ends."""
+    table = np.full((len(spans), max(map(len, spans))), -1)
+    for places, span in zip(table, spans):
+        places[: len(span)] = span
+    return table
 
 
 def numbered(blocks):

@@ -88,9 +88,15 @@ def train_only(model, part):
         raise InputError(f"--train is {part!r}, which this model does not have; allowed: language, all")
 
 
-def checkpoint_layers(model, on):
-    """--checkpoint-activations, of the language model's layers."""
-    getattr(model, "language_model", model).checkpoint_activations = on
+def set_layers(model, *, compile, checkpoint_activations=False):
+    """--compile and --checkpoint-activations, of the language model's layers. Compiled, each half of a layer,
+    before attention and behind it, is a few fused kernels: one compilation for all layers and lengths."""
+    text = getattr(model, "language_model", model)
+    text.checkpoint_activations, text.compiled = checkpoint_activations, compile
+    for block in text.model.layers if compile else ():
+        block.before, block.after = (
+            torch.compile(half, dynamic=True) for half in (block.before, block.after)
+        )
 
 
 def make_optimizer(model, lr, weight_decay, vision_lr=None):

@@ -24,6 +24,7 @@ from minicot.records import Response, Samples, read_samples, samples_to_row
 from minicot.sampling import generate
 from minicot.scoring import TwoParts, hidden_at, hidden_plain, pack, score, score_plain
 from minicot.sets import read_problems
+from minicot.training import set_layers
 from minicot.vision import VisionConfig, VisionLanguageConfig, VisionLanguageModel
 from tests.helpers import script
 
@@ -215,6 +216,22 @@ def test_a_long_row_is_scored_in_little_memory():
     with torch.no_grad():
         score(policy, batch)
     assert torch.cuda.max_memory_allocated() - before < 2e9
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", ["ragged", "one row a group"])
+def test_compiled_layers_compute_what_plain_ones_do(shape):
+    compiled, plain, batch = model(False), model(False), batch_of(SHAPES[shape])
+    set_layers(compiled, compile=True)
+    found, expected = score(compiled, batch), score_plain(plain, batch).masked_fill(~batch.loss_mask, 0)
+    assert (found - expected).abs().sum() <= 1e-4 * expected.abs().sum()
+    found.sum().backward()
+    expected.sum().backward()
+    for ours, theirs in zip(compiled.parameters(), plain.parameters()):
+        assert (ours.grad - theirs.grad).norm() <= 1e-3 * theirs.grad.norm()
+    prompts, options = [[5, 9, 2], [7], [11, 3, 8]], dict(n=3, max_new_tokens=70, stop_ids=[3], seed=5)
+    compiled, plain = compiled.double(), plain.double()  # drawn as without rounding
+    assert generate(compiled, prompts, **options) == generate(plain, prompts, **options)
 
 
 # ---- the scripts ---------------------------------------------------------------------------------

@@ -257,11 +257,10 @@ PACKING = {
     "scoring.score: nonzero",  # which tokens are scored
     "scoring.hidden_at: __bool__",  # is a place padding?
     "scoring.hidden_at: a bool index",
-    "scoring.pack: cpu",  # the plan of the packed row is made in Python
-    "scoring.pack: tolist",
-    "scoring.<listcomp>: tolist",
-    "scoring.<listcomp>: nonzero",
-    "scoring.<listcomp>: a bool index",
+    "scoring.pack: cpu",  # the plan of the packed row is made by numpy
+    "scoring.pack: numpy",
+    "scoring.<genexpr>: cpu",
+    "scoring.<genexpr>: numpy",
     "scoring.__init__: nonzero",  # TwoParts, on the CPU alone
     "scoring.__init__: a bool index",
 }

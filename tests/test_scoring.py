@@ -3,10 +3,12 @@
 import itertools
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
@@ -15,7 +17,9 @@ from minicot.data import Row, collate, to_groups
 from minicot.losses import aft_loss, better_than, sequence_logps, token_logps
 from minicot.model import ModelConfig, Transformer, flex_attention
 from minicot.scoring import TwoParts, chunked_logps, common_beginning, hidden_at, hidden_plain, pack, score
+from minicot.sampling import generate
 from minicot.scoring import PickedLogps, pays, score_plain
+from minicot.training import set_layers
 from minicot.vision import VisionConfig, VisionLanguageConfig, VisionLanguageModel
 from tests.bench.memory import peak_of
 from tests.bench.sides import MODELS, make_batch
@@ -449,3 +453,34 @@ def test_backward_makes_no_second_table_of_logits():
     logps = chunked_logps(lambda x: x @ weight.T, hidden, torch.zeros(1000, dtype=torch.long))
     _, bytes_held = peak_of(logps.sum().backward)
     assert bytes_held < 40e6, bytes_held  # a table is 80 MB
+
+
+# ---- compiled layers -----------------------------------------------------------------------------
+
+
+def test_compiled_layers_are_traced_once_for_all_layers_and_lengths(monkeypatch):
+    """--compile, with a backend that runs what was traced: what is shown is that no Python is left out of the
+    traces, that layers and lengths share them, and that results and gradients are the plain ones. The kernels
+    are tested in test_cuda.py."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(scoring, "pays", lambda packed, config: True)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled, plain = model(), model()
+    set_layers(compiled, compile=True)
+    for shape in (RAGGED, [(3, [4, 4, 2])], SFT):
+        batch = collate(groups(shape), pad_id=0)
+        scores = [score(policy, batch) for policy in (compiled, plain)]
+        torch.testing.assert_close(*scores)
+        for policy, logps in zip((compiled, plain), scores):
+            policy.zero_grad()
+            logps.sum().backward()
+        for ours, theirs in zip(compiled.parameters(), plain.parameters()):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]  # before, after
+    compiled, plain = compiled.double(), plain.double()
+    for n in (1, 3):
+        options = dict(n=n, max_new_tokens=9, stop_ids=[3, 8], seed=1, max_rows=2 * n)
+        drawn = [generate(policy, [[5, 9, 2], [7], [11, 3, 8, 1]], **options) for policy in (compiled, plain)]
+        assert drawn[0] == drawn[1]
+    assert not counters["graph_break"]

@@ -30,7 +30,7 @@ import torch
 
 from minicot.sampling import generate
 from minicot.training import mfu
-from tests.bench import memory, page, ranks
+from tests.bench import memory, page, ranks, sides
 from tests.bench.sides import (
     WITH_TOWER,
     check_same_work,
@@ -309,7 +309,7 @@ def table(device):
         )
     if cuda:
         rows.append((mfu_row, ["Llama 1.1B"], dict(rows=4, T=2048)))
-        rows.append((decode_row, ["Llama 1.1B"], dict(P=256, new=256)))
+        rows.append((decode_row, ["Llama 1.1B"], dict(P=256, new=128)))
         rows.sort(key=lambda row: next(i for i, words in enumerate(WORTH) if words in name_of(*row)))
     else:
         rows.append((processes_row, [large], dict(rows=16)))
@@ -350,6 +350,7 @@ def main(argv=None):
     parser.add_argument("--only", default="", help="run the rows whose name matches; --list shows the names")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="minicot's layers compiled, as by --compile")
     parser.add_argument("--minutes", type=float, default=0, help="begin no row after so long (0 = no limit)")
     parser.add_argument("--write", action="store_true", help="keep a whole run: results.json and README.md")
     parser.add_argument("--page", action="store_true", help="make README.md from results.json, run nothing")
@@ -364,7 +365,7 @@ def main(argv=None):
     if args.page:
         page.write_page()
         return
-    device = torch.device(args.device)
+    device, sides.COMPILE = torch.device(args.device), args.compile
     named = [(name_of(*row), *row) for row in table(device)]
     chosen = [row for row in named if re.search(args.only, row[0])]
     if args.list or not chosen:
@@ -373,6 +374,7 @@ def main(argv=None):
     run = about(args.device, args.rounds) | {"rows": []}
     if args.minutes:
         run["command"] += f" --minutes {args.minutes:g}"
+    run["command"] += " --compile" * args.compile
     print(json.dumps({key: value for key, value in run.items() if key not in ("command", "rows")}))
     print(f"\n{page.HEADER}")
     warnings.filterwarnings("ignore")  # peers' advice would fall into the table

@@ -15,7 +15,7 @@ import torch
 
 from minicot.losses import sft_loss
 from minicot.scoring import score
-from minicot.training import checkpoint_layers, clip_gradients, make_optimizer
+from minicot.training import clip_gradients, make_optimizer, set_layers
 from tests.bench.sides import make_batch, make_sides, our_model, step
 
 
@@ -65,7 +65,7 @@ def train(model, tokens, steps):
     """SFT steps in float32 on one row of so many tokens, half of them scored, activations checkpointed ->
     what is said: the process's peak, and what weights, gradients and AdamW's two moments take of it."""
     policy = our_model(model, torch.device("cpu"))
-    checkpoint_layers(policy, True)
+    set_layers(policy, compile=False, checkpoint_activations=True)
     optimizer, seconds = make_optimizer(policy, 1e-5, 0.0), []
     batch = make_batch(model, [[tokens // 2, [tokens - tokens // 2]]], torch.device("cpu"))
     for _ in range(steps):

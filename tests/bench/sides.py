@@ -32,11 +32,12 @@ from minicot.selection import Encoder, size_by, texts_of
 from minicot.scoring import chunked_logps, score, score_plain, step_logits, step_logits_plain
 from minicot.sets import read_problems
 from minicot.tokenizer import Tokenizer
-from minicot.training import clip_gradients, make_optimizer, resolve
+from minicot.training import clip_gradients, make_optimizer, resolve, set_layers
 from minicot.vision import VisionConfig, VisionLanguageConfig, VisionLanguageModel
 from minicot.weights import llava_name, save_model
 
 BETA = 0.1
+COMPILE = False  # minicot's layers (and those of "padded" and "plain")
 COMMON = dict(
     model_type="llama",
     rms_norm_eps=1e-5,
@@ -128,7 +129,9 @@ MODELS |= {
 
 def our_model(name, device):
     kind = VisionLanguageModel if name.endswith(WITH_TOWER) else Transformer
-    return kind(MODELS[name], torch.Generator().manual_seed(0)).to(device)
+    model = kind(MODELS[name], torch.Generator().manual_seed(0)).to(device)
+    set_layers(model, compile=COMPILE)
+    return model
 
 
 def their_model(ours):
