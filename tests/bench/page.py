@@ -17,8 +17,9 @@ HEADER = (
 TITLE = """# Speed and memory beside peers
 
 Made from `results.json` by `python -m tests.bench --page`; `python -m tests.bench cpu --write` (or `cuda`)
-measures anew and writes both; `cuda --minutes 20` the rows of most worth, as far as that goes. TRL needs
-`pip install -r tests/bench/requirements.txt`. What a 7B run costs, on paper: [PROJECTION.md](PROJECTION.md).
+measures anew and writes both; `cuda --minutes 20` the rows of most worth, as far as that goes; `--compile`
+compiles minicot's layers. TRL needs `pip install -r tests/bench/requirements.txt`. What a 7B run costs, on
+paper: [PROJECTION.md](PROJECTION.md).
 
 A row races minicot against a peer on the same weights and the same batch. All sides take turns in one process
 (A B C A B C ...), so that a noisy machine hits all of them, and their losses and gradients are checked to
