@@ -622,7 +622,8 @@ def test_results_of_another_base_or_other_problems_are_of_another_world(toy, mon
 
 # ---- what is committed ---------------------------------------------------------------------------
 
-RECIPES = {"aft_main": aft, "aft_all": aft, "llava_reasoner": llava_reasoner, "mme_cot": mme_cot}
+RECIPES = {"aft_main": aft, "aft_all": aft, "mme_cot": mme_cot}
+RECIPES |= {"llava_reasoner": llava_reasoner, "llava_verifier": llava_verifier}
 
 
 JUDGED = [aft, cot_max, cot_max_text, llava_reasoner, llava_verifier, mme_cot, ursa, ursa_grpo]
