@@ -145,6 +145,20 @@ def test_a_row_that_would_begin_too_late_is_named(folder, capsys, monkeypatch):
     assert "Not measured" not in capsys.readouterr().out
 
 
+def test_a_row_that_fails_is_named_and_the_others_are_measured(folder, capsys, monkeypatch):
+    def fails(*_first, **_other):
+        raise torch.OutOfMemoryError("no memory is left\nfor this")
+
+    fails.__name__ = "sft_row"
+    row = (bench.group_row, ["group", "tiny"], dict(B=1, K=2, P=4, R=3, peers=["padded"]))
+    monkeypatch.setattr(bench, "table", lambda device: [(fails, ["tiny"], dict(rows=2)), row])
+    with pytest.raises(SystemExit) as end:
+        bench.main(["cpu", "--rounds", "1", "--write"])
+    assert end.value.code == 1
+    run = page.read_results()["cpu"]
+    assert len(run["rows"]) == 1 and run["note"] == "Failed: sft_row tiny rows=2 (no memory is left)."
+
+
 def test_the_memory_of_a_whole_training_is_said():
     said = memory.train("tiny", tokens=16, steps=2)
     assert said.startswith("tiny, 0M parameters, T 16, 2 steps: loss ") and " GiB, of which weights" in said

@@ -378,19 +378,26 @@ def main(argv=None):
     print(json.dumps({key: value for key, value in run.items() if key not in ("command", "rows")}))
     print(f"\n{page.HEADER}")
     warnings.filterwarnings("ignore")  # peers' advice would fall into the table
-    start, left_out = time.perf_counter(), []
+    start, left_out, failed = time.perf_counter(), [], []
     for name, function, first, other in chosen:
         if args.minutes and time.perf_counter() - start > 60 * args.minutes:
             left_out.append(name)
             continue
-        for result in function(*first, device, args.rounds, **other):
-            print(page.line(result), flush=True)
-            run["rows"].append(result)
-    if left_out:
-        run["note"] = f"Not measured, as {args.minutes:g} minutes were over: {'; '.join(left_out)}."
+        try:
+            for result in function(*first, device, args.rounds, **other):
+                print(page.line(result), flush=True)
+                run["rows"].append(result)
+        except (RuntimeError, AssertionError) as error:  # out of memory, or sides that do not agree
+            failed.append(f"{name} ({(str(error) or type(error).__name__).splitlines()[0]})")
+    late = f"Not measured, as {args.minutes:g} minutes were over"
+    named = [f"{why}: {'; '.join(names)}." for why, names in (("Failed", failed), (late, left_out)) if names]
+    if named:
+        run["note"] = " ".join(named)
         print(f"\n{run['note']}")
     if args.write:
         page.write_results(args.device, run)
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
