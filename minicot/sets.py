@@ -133,7 +133,7 @@ def style_of(spec):
 
 def default_length(spec):
     """Longest response in tokens where no flag says it."""
-    return {"toy": 96, "toy-pictures": 96, "toy-pictures-long": 160, "toy-shots": 60}.get(spec, 256)
+    return {"toy": 96, "toy-pictures": 96, "toy-pictures-long": 160, "toy-shots": 48}.get(spec, 256)
 
 
 def read_problems(spec, split="train", *, limit=0):
