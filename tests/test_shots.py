@@ -11,7 +11,7 @@ import pytest
 
 from minicot.answers import extract_answer, is_correct
 from minicot.data import encode_row, render
-from minicot.sets import read_problems
+from minicot.sets import default_length, read_problems
 from minicot.tokenizer import Tokenizer
 from minicot.toy import problems, shots
 from minicot.toy.shots import Item, Term, VARIANTS, drill_rows, make_scene, mrd3_row, row_of, rows, split_of
@@ -177,9 +177,11 @@ def test_the_same_question_has_another_answer_in_another_prompt():
 
 def test_prompts_fit_the_toys_context_and_words_are_its_tokens(made):
     tokenizer = Tokenizer(Path(problems.__file__).parent / "base")
-    for problem in read_problems("toy-shots", "train", limit=150):
-        row = encode_row(tokenizer, problem, problem.solution, mode="cot")
-        assert row.n_prompt <= 452 and len(row.ids) - row.n_prompt <= 60
+    answer, context = default_length("toy-shots"), 512
+    for split, limit in (("train", 400), ("validation", 300), ("test", 2000)):  # as the recipe takes them
+        for problem in read_problems("toy-shots", split, limit=limit):
+            row = encode_row(tokenizer, problem, problem.solution, mode="cot")
+            assert row.n_prompt + answer <= context and len(row.ids) - row.n_prompt <= answer
     assert render(problem, "cot") == "".join(problem.shots) + f"Q: {problem.question}\nA:"
     assert problem.meta["difficulty"] in range(2, 7) and problem.meta["needed"]
     for name in problems.NAMES:
