@@ -277,8 +277,7 @@ def reference_logps(run, folder, tokenizer, groups, reader, device):
                 "another --dtype; allowed: another --ref-logps file, or delete it"
             )
     else:
-        model = load_model(folder, dtype=torch.float32, device=device)
-        set_layers(model, compile=config.compile)
+        model = load_ref(folder, config, device)
 
         def sums(parts):
             for part in parts:
@@ -415,11 +414,19 @@ def load_policy(config, device):
     return folder, model, tokenizer, image_reader(model, tokenizer, folder)
 
 
+def load_ref(folder, config, device):
+    """The reference policy, which stays as it is."""
+    model = load_model(folder, dtype=torch.float32, device=device)
+    set_layers(model, compile=config.compile)
+    return model
+
+
 def load_judge(config, device):
     """--reward and its PRM -> (a function from Samples to the same with step scores, Response -> reward)."""
     folder = resolve(config.verifier)
     prm, tokenizer = load_model(folder, device=device, reward=True).eval(), Tokenizer(folder)
     check(prm.kind == "prm", "--verifier", config.verifier, f"a PRM, this is an {prm.kind}")
+    set_layers(prm, compile=config.compile)
     how = dict(name="prm", mode=config.mode, batch_size=config.eval_batch_size)
     judge = partial(reward_scores, prm, tokenizer, reader=image_reader(prm, tokenizer, folder), **how)
     return judge, lambda response: REWARDS[config.reward](response, config)
@@ -490,8 +497,7 @@ def main(config):
         run.listen()
         steps = range(done + 1, n_steps + 1)
         if method.reward:
-            load_ref = partial(load_model, dtype=torch.float32, device=device)
-            ref_model = load_ref(resolve(config.ref or folder)) if config.kl else None
+            ref_model = load_ref(resolve(config.ref or folder), config, device) if config.kl else None
             asked = (steps, config, tokenizer, asking, reward, judge)
             source = from_policy(plain, ref_model, problems, batches, *asked)
         else:

@@ -49,7 +49,8 @@ from minicot.sets import TOYS, default_length, read_problems, style_of
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures
 from minicot.runs import open_model, write_json, write_jsonl, write_text
-from minicot.training import pick_device, report_unreadable, resolve, train_first, weights_digest
+from minicot.training import pick_device, report_unreadable, resolve, set_layers, train_first
+from minicot.training import weights_digest
 from minicot.verifier import assess, curves, log_ratio_scores, reward_scores
 from minicot.view import page
 from minicot.weights import is_reward_model, read_json
@@ -64,6 +65,7 @@ def find_model(folder):
 def load(folder, config, device, reward=False):
     """(model, tokenizer, reader of pictures or None) of a folder; reward: of a reward model's."""
     model, tokenizer = open_model(folder, config, device, reward)
+    set_layers(model, compile=config.compile)
     return model, tokenizer, image_reader(model, tokenizer, folder)
 
 
@@ -422,7 +424,7 @@ def assess_samples(config, device):
 
 ASKS_A_SERVER = ("concurrency", "timeout", "dry_run", "cache")  # flags that a model folder has no use for
 ASKS_A_FOLDER = ("verifier", "assess", "chat_template", "device", "dtype", "batch_size", "blind")  # a server
-ASKS_A_FOLDER += ("prune",)
+ASKS_A_FOLDER += ("prune", "compile")
 
 
 def of_folder(config, device, *, temperature, length, **asking):
@@ -518,7 +520,8 @@ def main(config):
         evaluate(config, draw, problems, source)
     elif config.out:
         # what may change when sampling goes on
-        free = ("endpoint", "samples", "html", "out", "overwrite", "limit", "batch_size", *ASKS_A_SERVER)
+        free = ("endpoint", "samples", "html", "out", "overwrite", "limit", "batch_size", "compile")
+        free += ASKS_A_SERVER
         recorded = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
         whole = bool(config.endpoint)  # what it has answered comes from the cache
         sampled = write_samples(config.out, draw, problems, recorded | made_by, config.overwrite, whole)

@@ -180,11 +180,19 @@ def attention_mask(attention, real: torch.Tensor | None, T: int, S: int, device)
 
 
 @functools.cache
-def flex_attention(compiled: bool):
+def compiled(function):
+    """torch.compile for all sizes. A function is compiled anew for each kind of model and of batch (one row or
+    many, with gradients or without, in autocast or not): more often than PyTorch's limit of 8 allows, behind
+    which it would run as it is."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(function, dynamic=True)
+
+
+def flex_attention(fused: bool):
     """PyTorch's FlexAttention; compiled, it is a fused kernel, else a slow check of the mask (CPU)."""
     from torch.nn.attention import flex_attention as module
 
-    return torch.compile(module.flex_attention, dynamic=True) if compiled else module.flex_attention
+    return compiled(module.flex_attention) if fused else module.flex_attention
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask) -> torch.Tensor:
@@ -253,6 +261,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
+    compiled = False  # are the halves before and after attention compiled?
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -270,10 +280,13 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def forward(self, x, cos, sin, mask, cache=None):
-        q, k, v = self.before(x, cos, sin)
+        before, after = Block.before, Block.after
+        if self.compiled:
+            before, after = compiled(before), compiled(after)
+        q, k, v = before(self, x, cos, sin)
         if cache is None:
-            return self.after(x, attend(q, k, v, mask))
-        return self.after(x, cache.attend(self.self_attn.layer, q, k, v, mask))
+            return after(self, x, attend(q, k, v, mask))
+        return after(self, x, cache.attend(self.self_attn.layer, q, k, v, mask))
 
 
 class Transformer(nn.Module):
@@ -283,7 +296,6 @@ class Transformer(nn.Module):
     """
 
     checkpoint_activations = False  # keep the layers' inputs alone; backward computes the rest again
-    compiled = False  # are the layers' halves compiled? (training.set_layers)
 
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
         super().__init__()

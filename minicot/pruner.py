@@ -58,7 +58,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from minicot.answers import STYLES
-from minicot.config import COMPILE, DEVICE, LENGTH, STYLE, Flags, check, flag, run
+from minicot.config import DEVICE, LENGTH, STYLE, Flags, check, flag, run
 from minicot.data import encode_row, schedule, seed_of, target
 from minicot.errors import InputError
 from minicot.parallel import quiet
@@ -455,7 +455,6 @@ class Common(Flags):
     encoder: str = flag("model", "", "folder of the frozen encoder (default: --model, or the pruner's own)")
     device: Literal["auto", "cpu", "cuda"] = DEVICE
     dtype: Literal["float32", "bfloat16"] = flag("model", "float32", "of the frozen weights")
-    compile: bool = COMPILE
     seed: int = flag("loop", 0, "of all that is random", least=0, most=2**31)
     out: str = flag("output", "", "where it is written")
     overwrite: bool = flag("output", False, "replace what is in --out")

@@ -24,7 +24,7 @@ from minicot.config import check, handle_signals
 from minicot.errors import InputError
 from minicot.parallel import first, from_first, largest, placed, whole
 from minicot.tokenizer import FILES, Tokenizer
-from minicot.training import mfu, set_layers, weights_digest
+from minicot.training import mfu, weights_digest
 from minicot.weights import load_model, read_json, save_model
 
 
@@ -299,7 +299,6 @@ def open_model(folder, config, device, reward=False):
     model's."""
     tokenizer = Tokenizer(folder, config.chat_template)
     model = load_model(folder, dtype=getattr(torch, config.dtype), device=device, reward=reward).eval()
-    set_layers(model, compile=config.compile)
     allowed = f"one whose tokenizer has at most {model.config.vocab_size} ids"
     check(tokenizer.vocab_size <= model.config.vocab_size, "the model", str(folder), allowed)
     return model, tokenizer

@@ -14,11 +14,11 @@ import torch
 
 from minicot.data import grade_answers, prompt_text, seed_of
 from minicot.errors import InputError
-from minicot.model import KVCache, attend
+from minicot.model import KVCache, attend, compiled
 from minicot.parallel import spread
 from minicot.records import Response, Samples
 
-BLOCK = 64  # CUDA: the keys that a step reads are rounded up to it, twice, four times, ... as many
+BLOCK = 64  # CUDA: the keys that a step reads are rounded up to it times a power of two
 PIECE = 2048  # CPU: tokens of prompts that are computed at a time
 GRAPHS = True  # CUDA: decode by CUDA graphs
 
@@ -66,10 +66,10 @@ class DecodeCache:
     copy of the prompt, as in Hydragen (arXiv 2402.05099): on long prompts decoding is reading keys. Both
     parts' scores go through one softmax. Twin: KVCache with the prompt copied n times. Slots are refilled."""
 
-    def __init__(self, config, slots, n, max_prompt, max_new, *, dtype, device, block=1, compiled=False):
+    def __init__(self, config, slots, n, max_prompt, max_new, *, dtype, device, block=1, fused=False):
         make = lambda rows, length: KVCache(config, rows, length, dtype=dtype, device=device)
         self.n, self.length, self.dtype, self.block = n, 0, dtype, block
-        self.two_parts = torch.compile(two_parts, dynamic=True) if compiled else two_parts
+        self.two_parts = compiled(two_parts) if fused else two_parts
         self.prompts = make(slots, max_prompt) if n > 1 else None
         self.own = make(slots * n, max_new + (max_prompt if n == 1 else 0))
         for cache in (self.own, self.prompts) if n > 1 else (self.own,):
@@ -108,8 +108,8 @@ class DecodeCache:
 
     def plan(self, live):
         """Before each step, on the host: how much of the buffers the rows at work (an array of bool) read,
-        rounded up to `block`, twice, four times, ... as much (1: not at all), and whether all of them read
-        all of it (no mask is needed then), of their own tokens and of prompts: a step's shapes."""
+        rounded up to `block` times a power of two (block 1: exact), and whether all of them read all of it
+        (no mask is needed then), of their own tokens and of prompts. A step's shapes depend on it alone."""
         found = []
         for cache, lengths in (
             (self.own, self.lengths[1][live] + 1),
@@ -253,8 +253,8 @@ def generate(
         dtype = torch.get_autocast_dtype(device.type)
     slots = min(len(prompts), max(1, max_rows // n)) if max_rows else len(prompts)
     graphs = GRAPHS and device.type == "cuda"
-    compiled = getattr(model, "language_model", model).compiled
-    room = dict(dtype=dtype, device=device, block=BLOCK if graphs else 1, compiled=compiled)
+    fused = getattr(model, "language_model", model).model.layers[0].compiled
+    room = dict(dtype=dtype, device=device, block=BLOCK if graphs else 1, fused=fused)
     cache = DecodeCache(model.config, slots, n, longest, max_new_tokens, **room)
     make_step = lambda: Graphs(model, cache) if graphs else partial(decode, model, cache)
     step = make_step()

@@ -191,7 +191,7 @@ def pack(batch):
     prompt, pictures included; were they to differ before a picture, embed would count too few of them.)"""
     all_ids, real, scored = (x.cpu().numpy() for x in (batch.ids, batch.pad_mask, batch.loss_mask))
     texts = [ids[mask] for ids, mask in zip(all_ids, real)]
-    limits = [int(marks[mask].argmax()) for marks, mask in zip(scored, real)]  # 0 where nothing is scored
+    limits = [int(marks[mask].argmax()) for marks, mask in zip(scored, real)]  # 0: nothing but the first
     ids, positions, group, row, prompts, rows, end = [], [], [], [], [], {}, 0
 
     def put(text, first, b, n):
@@ -211,10 +211,10 @@ def pack(batch):
         prompts.append(put(texts[members[0]][:shared], 0, b, -1))
         for n in members:
             rows[n] = put(texts[n][shared:], shared, b, n)
-    rows = [rows[n] for n in range(len(texts))]
-    tensor = lambda values: torch.from_numpy(np.asarray(values)).to(batch.ids.device)
+    own = [rows[n] for n in range(len(texts))]
+    tensor = lambda values: torch.from_numpy(values).to(batch.ids.device)
     at = np.full(all_ids.shape, -1)
-    at[real] = np.concatenate([place for n in range(len(rows)) for place in (prompts[group_of[n]], rows[n])])
+    at[real] = np.concatenate([place for n in range(len(own)) for place in (prompts[group_of[n]], own[n])])
     return Packed(
         tensor(np.concatenate(ids))[None],
         tensor(np.concatenate(positions))[None],
@@ -222,13 +222,13 @@ def pack(batch):
         tensor(np.concatenate(row)),
         tensor(at),
         tensor(rectangle(prompts)),
-        tensor(rectangle(rows)),
+        tensor(rectangle(own)),
         batch.group,
     )
 
 
 def pays(packed, config):
-    """Is packing worth its gathers? In multiplications of a layer:
+    """Does packing pay? On a CPU, in multiplications of a layer:
 
     (NT - L) (2E (HD + KD) + 3EF)                          tokens spared, F the MLP's inner size
     + (N T^2 - B P^2 - 2N R (P + R)) HD                    attention; TwoParts masks the rows', so that no
@@ -249,8 +249,7 @@ def pays(packed, config):
 
 
 def common_beginning(texts, limit):
-    """How many tokens all texts begin with: at most `limit`, less than any text has, 0 for a single
-    text."""
+    """How many tokens all texts begin with: at most `limit`, less than any text has, 0 for a lone text."""
     if len(texts) == 1:
         return 0
     limit = min(limit, *(len(text) - 1 for text in texts))

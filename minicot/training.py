@@ -90,13 +90,11 @@ def train_only(model, part):
 
 def set_layers(model, *, compile, checkpoint_activations=False):
     """--compile and --checkpoint-activations, of the language model's layers. Compiled, each half of a layer,
-    before attention and behind it, is a few fused kernels: one compilation for all layers and lengths."""
+    before attention and behind it, is a few fused kernels; all layers and lengths share them."""
     text = getattr(model, "language_model", model)
-    text.checkpoint_activations, text.compiled = checkpoint_activations, compile
-    for block in text.model.layers if compile else ():
-        block.before, block.after = (
-            torch.compile(half, dynamic=True) for half in (block.before, block.after)
-        )
+    text.checkpoint_activations = checkpoint_activations
+    for block in text.model.layers:
+        block.compiled = compile
 
 
 def make_optimizer(model, lr, weight_decay, vision_lr=None):

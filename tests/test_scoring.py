@@ -3,7 +3,7 @@
 import itertools
 import shutil
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from minicot import scoring
 from minicot.data import Row, collate, to_groups
 from minicot.losses import aft_loss, better_than, sequence_logps, token_logps
-from minicot.model import ModelConfig, Transformer, flex_attention
+from minicot.model import ModelConfig, Transformer, compiled, flex_attention
 from minicot.scoring import TwoParts, chunked_logps, common_beginning, hidden_at, hidden_plain, pack, score
 from minicot.sampling import generate
 from minicot.scoring import PickedLogps, pays, score_plain
@@ -464,23 +464,25 @@ def test_compiled_layers_are_traced_once_for_all_layers_and_lengths(monkeypatch)
     are tested in test_cuda.py."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(scoring, "pays", lambda packed, config: True)
+    monkeypatch.setattr("minicot.model.compiled", cache(compiled.__wrapped__))
+    monkeypatch.setattr("minicot.sampling.compiled", cache(compiled.__wrapped__))
     torch._dynamo.reset()
     counters.clear()
-    compiled, plain = model(), model()
-    set_layers(compiled, compile=True)
+    fast, plain = model(), model()
+    set_layers(fast, compile=True)
     for shape in (RAGGED, [(3, [4, 4, 2])], SFT):
         batch = collate(groups(shape), pad_id=0)
-        scores = [score(policy, batch) for policy in (compiled, plain)]
+        scores = [score(policy, batch) for policy in (fast, plain)]
         torch.testing.assert_close(*scores)
-        for policy, logps in zip((compiled, plain), scores):
+        for policy, logps in zip((fast, plain), scores):
             policy.zero_grad()
             logps.sum().backward()
-        for ours, theirs in zip(compiled.parameters(), plain.parameters()):
+        for ours, theirs in zip(fast.parameters(), plain.parameters()):
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]  # before, after
-    compiled, plain = compiled.double(), plain.double()
+    fast, plain = fast.double(), plain.double()
     for n in (1, 3):
         options = dict(n=n, max_new_tokens=9, stop_ids=[3, 8], seed=1, max_rows=2 * n)
-        drawn = [generate(policy, [[5, 9, 2], [7], [11, 3, 8, 1]], **options) for policy in (compiled, plain)]
+        drawn = [generate(policy, [[5, 9, 2], [7], [11, 3, 8, 1]], **options) for policy in (fast, plain)]
         assert drawn[0] == drawn[1]
     assert not counters["graph_break"]

@@ -239,7 +239,7 @@ def processes_row(model, _device, rounds, *, rows, steps=2):
     seconds = {"minicot": [], "one process": []}
     for _ in range(rounds):
         for side, processes in (("minicot", 2), ("one process", 1)):
-            job = dict(model=model, rows=rows, count=1 + steps)
+            job = dict(model=model, rows=rows, count=1 + steps, compile=sides.COMPILE)
             seconds[side].append(statistics.median(ranks.measure(processes, **job)[1:]))
     tokens = sum(P + R for P, R in gsm8k_lengths(rows))
     about = dict(rows=rows, K=1, P="GSM8K", R="GSM8K", shape=f"{rows} rows as GSM8K, 2 processes")
@@ -250,10 +250,8 @@ def memory_row(work, model, device, _rounds, *, rows, K, P, R, peers):
     """Peak memory of a step above weights and batch, each side in a process of its own."""
     lengths = [[p, [r]] for p, r in gsm8k_lengths(rows)] if P == "GSM8K" else [[P, [R] * K]] * (rows // K)
     shape = f"{rows} rows as GSM8K" if P == "GSM8K" else f"B {rows // K}, K {K}, P/R {P}/{R}"
-    peaks = {
-        side: memory.peak(work=work, model=model, lengths=lengths, side=side, device=device.type)
-        for side in ("minicot", *peers)
-    }
+    job = dict(work=work, model=model, lengths=lengths, device=device.type, compile=sides.COMPILE)
+    peaks = {side: memory.peak(**job, side=side) for side in ("minicot", *peers)}
     for peer in peers:
         ratio = peaks[peer] / peaks["minicot"]
         yield dict(
@@ -383,6 +381,8 @@ def main(argv=None):
         if args.minutes and time.perf_counter() - start > 60 * args.minutes:
             left_out.append(name)
             continue
+        if args.compile:
+            torch._dynamo.reset()  # a row's kernels are of use to no other
         try:
             for result in function(*first, device, args.rounds, **other):
                 print(page.line(result), flush=True)

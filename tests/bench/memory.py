@@ -16,6 +16,7 @@ import torch
 from minicot.losses import sft_loss
 from minicot.scoring import score
 from minicot.training import clip_gradients, make_optimizer, set_layers
+from tests.bench import sides
 from tests.bench.sides import make_batch, make_sides, our_model, step
 
 
@@ -35,10 +36,10 @@ def peak_of(work):
     return result, resident("VmHWM") - before
 
 
-def peak_here(work, model, lengths, side, device):
+def peak_here(work, model, lengths, side, device, compile=False):
     """Bytes that a step holds at its highest above what stood before it (weights, batch): activations,
     gradients and logits. A small step goes before it, so that libraries have set themselves up."""
-    device = torch.device(device)
+    device, sides.COMPILE = torch.device(device), compile
     small = [[4, [8] * len(responses)] for _, responses in lengths[:1]]
     step(*make_sides(work, model, make_batch(model, small, device), [side])[side])
     policy, loss = make_sides(work, model, make_batch(model, lengths, device), [side])[side]

@@ -17,11 +17,13 @@ from minicot import parallel
 from minicot.losses import sft_loss
 from minicot.scoring import score
 from minicot.training import clip_gradients, make_optimizer
+from tests.bench import sides
 from tests.bench.sides import gsm8k_lengths, make_batch, our_model
 
 
-def steps(model, rows, count):
+def steps(model, rows, count, compile=False):
     """Seconds of each of `count` steps on `rows` rows in all, with lengths as in GSM8K."""
+    sides.COMPILE = compile
     policy = our_model(model, torch.device("cpu"))
     forward = parallel.wrap(policy, score, SimpleNamespace(shard=False, dtype="float32"))
     optimizer, seconds = make_optimizer(policy, 1e-4, 0.0), []
