@@ -181,8 +181,8 @@ def attention_mask(attention, real: torch.Tensor | None, T: int, S: int, device)
 
 @functools.cache
 def compiled(function):
-    """torch.compile for all sizes. A function is compiled anew for each kind of model and of batch (one row or
-    many, with gradients or without, in autocast or not): more often than PyTorch's limit of 8 allows, behind
+    """torch.compile for all sizes. A function is compiled anew for each kind of model and of batch (one row,
+    many; with gradients, without; in autocast, or not): more often than PyTorch's limit of 8 allows, behind
     which it would run as it is."""
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, dynamic=True)
