@@ -65,7 +65,7 @@ def test_pruners_and_baselines_answer_the_same_problems_by_the_same_base(E):
     trained = [words for words in ran if words[:2] == ["-m", "minicot.pruner"] and words[2] != "prune"]
     assert ["--no-token-stage" in words for words in trained] == [False, True]
     assert all("--easy-only" in words for words in trained)
-    assert {flag(words, "--max-new-tokens") for words in trained} == {"60"}  # a file's default has no room
+    assert {flag(words, "--max-new-tokens") for words in trained} == {"48"}  # a file's default has no room
     assert models["w-0"].seeds == 1
 
 
