@@ -191,7 +191,7 @@ def pack(batch):
     prompt, pictures included; were they to differ before a picture, embed would count too few of them.)"""
     all_ids, real, scored = (x.cpu().numpy() for x in (batch.ids, batch.pad_mask, batch.loss_mask))
     texts = [ids[mask] for ids, mask in zip(all_ids, real)]
-    limits = [int(marks[mask].argmax()) for marks, mask in zip(scored, real)]  # 0: nothing but the first
+    limits = [int(marks[mask].argmax()) for marks, mask in zip(scored, real)]  # 0: none is scored
     ids, positions, group, row, prompts, rows, end = [], [], [], [], [], {}, 0
 
     def put(text, first, b, n):

@@ -343,6 +343,16 @@ def test_steps_of_fixed_shapes_are_the_growing_ones(n, block):
     assert len(shapes) == (1 if block == 64 else 2)
 
 
+def test_the_keys_that_a_step_reads_double():
+    """The longest of three prompts has 5 tokens; a step reads its own token too. The buffer holds 13."""
+    _, cache = caches(1, 2)
+    ends = []
+    for _ in range(8):
+        cache.plan(np.ones(3, bool))
+        ends.append(cache.reads[0])
+    assert ends == [8, 8, 8, 13, 13, 13, 13, 13]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_recorded_step_is_launched_again_with_other_tokens(n, monkeypatch):

@@ -39,7 +39,7 @@ def test_it_can_be_finished():
     [transcript] = re.findall(r"^(?:    .*\n|\n(?=    ))+", section("Start"), re.M)
     assert len(transcript.splitlines()) <= 15 and "%" in transcript
     assert len(rows(section("Read it in this order"))) == 6 and len(rows(section("Speed"))) == 8
-    assert len(section("Limits").strip().splitlines()) == 4
+    assert len(section("Limits").strip().splitlines()) == 5
 
 
 def test_a_new_loss_is_one_function_one_row_and_one_test_as_printed(tmp_path):

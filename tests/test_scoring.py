@@ -2,8 +2,10 @@
 
 import itertools
 import shutil
+import weakref
 from dataclasses import replace
 from functools import cache, partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,6 +193,13 @@ TABLE = [  # the bench's rows (B, K, P, R) of the toy with 1M parameters, and wh
 def test_the_rule_picks_the_path_that_the_bench_measured_as_faster(row, packed_is_faster):
     (B, K, P, R), config = row, MODELS["toy 1M"]
     assert pays(pack(make_batch("toy 1M", [[P, [R] * K]] * B, "cpu")), config) is packed_is_faster
+
+
+@pytest.mark.parametrize("shape, packs", [([(7, [1]), (6, [1])], False), ([(7, [1]), (5, [1])], True)])
+def test_on_cuda_the_rule_packs_where_an_eighth_of_the_tokens_is_spared(shape, packs):
+    """Of 16 padded tokens one is spared, or two."""
+    packed = pack(collate(groups(shape), pad_id=0))
+    assert pays(replace(packed, ids=SimpleNamespace(is_cuda=True)), CONFIG) is packs
 
 
 # ---- hidden states at places ---------------------------------------------------------------------
@@ -486,3 +495,6 @@ def test_compiled_layers_are_traced_once_for_all_layers_and_lengths(monkeypatch)
         drawn = [generate(policy, [[5, 9, 2], [7], [11, 3, 8, 1]], **options) for policy in (fast, plain)]
         assert drawn[0] == drawn[1]
     assert not counters["graph_break"]
+    held = weakref.ref(fast)
+    del fast
+    assert held() is None  # what is compiled holds no model

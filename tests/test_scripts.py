@@ -121,6 +121,7 @@ def test_samples_of_other_settings_are_not_mixed(tmp_path):
     assert sample(*argv, cwd=tmp_path).returncode == 0
     before = (tmp_path / "s.jsonl").read_text()
     assert_one_line_error(sample(*argv, "--temperature", 0.5, cwd=tmp_path), "other settings", "--overwrite")
+    assert sample(*argv, "--compile", cwd=tmp_path).returncode == 0  # changes how, not what
     assert (tmp_path / "s.jsonl").read_text() == before
 
 

@@ -307,7 +307,7 @@ def table(device):
         )
     if cuda:
         rows.append((mfu_row, ["Llama 1.1B"], dict(rows=4, T=2048)))
-        rows.append((decode_row, ["Llama 1.1B"], dict(P=256, new=128)))
+        rows.append((decode_row, ["Llama 1.1B"], dict(P=256, new=256)))
         rows.sort(key=lambda row: next(i for i, words in enumerate(WORTH) if words in name_of(*row)))
     else:
         rows.append((processes_row, [large], dict(rows=16)))
@@ -390,9 +390,9 @@ def main(argv=None):
         except (RuntimeError, AssertionError) as error:  # out of memory, or sides that do not agree
             failed.append(f"{name} ({(str(error) or type(error).__name__).splitlines()[0]})")
     late = f"Not measured, as {args.minutes:g} minutes were over"
-    named = [f"{why}: {'; '.join(names)}." for why, names in (("Failed", failed), (late, left_out)) if names]
-    if named:
-        run["note"] = " ".join(named)
+    notes = [f"{why}: {'; '.join(names)}." for why, names in (("Failed", failed), (late, left_out)) if names]
+    if notes:
+        run["note"] = " ".join(notes)
         print(f"\n{run['note']}")
     if args.write:
         page.write_results(args.device, run)
