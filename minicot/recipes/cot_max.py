@@ -144,12 +144,12 @@ def declare(E):
             flags = tested | dict(model=base, data=cut("test", model, budget, data=tested["data"], **how))
             E.read(f"at{budget}", of=[model], take={f"at{budget}": "correct"}, **flags)
 
-    def pruner(name, *switches, target=s.target, **flags):
+    def pruner(name, *switches, target=s.target, budgets=(), **flags):
         model = E.model(
             name, "minicot.pruner", *switches, model=base, target=target, steps=s.steps,
             batch_size=s.questions, repeats=s.repeats, **asked, **flags,
         )  # fmt: skip
-        read(model, s.budgets if target == s.target else (target,), pruner=model)
+        read(model, budgets or (target,), pruner=model)
         return model
 
     rows = [fields_of(problem) for problem in read_problems(E.data, E.test, limit=s.test)]
@@ -158,13 +158,13 @@ def declare(E):
         E.read("answers", of=[E.alias(how, base, "candidates")], take={"answers": "correct"}, **named)
     for method in BASELINES:
         read(E.alias(method, base), method=method)
-    main = pruner("pruner", "--easy-only", grid=dict(lr=s.lrs))
+    main = pruner("pruner", "--easy-only", budgets=s.budgets, grid=dict(lr=s.lrs))
     held_out = apart | dict(data=cut("validation", main, s.target, data=apart["data"], pruner=main))
     E.choose_by("metrics.accuracy", of=[main], **held_out | dict(model=base))
     E.read("kept", what_is_kept, main, base, apart["data"], of=[main])
     same = dict(at=(main, "lr"))
     pruner("no-shots", "--easy-only", "--no-shot-stage", **same)
-    pruner("no-tokens", "--easy-only", "--no-token-stage", **same)
+    pruner("no-tokens", "--easy-only", "--no-token-stage", budgets=s.budgets[-2:], **same)
     pruner("no-filter", **same)
     pruner("loss-alone", "--no-accuracy", **same)
     pruner("see-question", "--easy-only", "--see-question", **same)
@@ -184,7 +184,7 @@ def draw(results, stem):
     curves = [
         {f"{cell['name']}@{name[2:]}": value for name, value in cell["metrics"].items() if name[:2] == "at"}
         for cell in results["cells"]
-        if cell["name"] in (*BASELINES, "pruner", "no-shots", "no-tokens")
+        if cell["name"] in (*BASELINES, "pruner")
     ]
     plots.best_of_n(curves, f"{stem}_budgets.svg", "tokens of the shots")
     plots.over_steps(results["extra"]["training"], TRACKED, f"{stem}_training.svg")
