@@ -28,7 +28,8 @@ Against the published modules (HuangOwen/CoT-Influx, modeling_skim_predictor.py)
 - There BERT's three first positions, [CLS] "Q" ":", are forced to be kept, and about 20 string repairs put
   back "A:" and line breaks that were dropped. Here the layout of a shot ("Q:", line break and "A:", the last
   empty line) is forced, and nothing is repaired. Forced tokens have no log pi, as nothing was chosen.
-- Shots are drawn again until one is kept, as there; log pi stays that of the drawn actions.
+- One shot is kept at least, as there (which draws again until one is). log pi is that of the drawn actions:
+  given that one is kept it is less by a number that a question's repeats share, and the baseline takes away.
 - Pruning is deterministic and never exceeds the budget (`choose`); there it is one more sampled pass, whose
   given targets are ignored.
 - The encoder is the LM itself or another folder with its own tokenizer, not BERT-large. `--see-question` lets
@@ -74,7 +75,6 @@ from minicot.verifier import values_of
 from minicot.weights import load_model, read_json
 
 CERTAIN = 1e4  # log-odds of a stage that is left out: it keeps everything
-TRIES = 1000  # draws until a shot is kept
 
 
 # ---- the policies --------------------------------------------------------------------------------
@@ -115,17 +115,17 @@ class Pruner(nn.Module):
 
 def sample_actions(z_shot, z_token, repeats, generator):
     """Log-odds (k,), (k,L) -> R times sampled actions, shots (R,k) and tokens (R,k,L) bool, True = keep.
-    Shots are drawn again where none is kept."""
-    p_shot, p_token = z_shot.detach().sigmoid().cpu(), z_token.detach().sigmoid().cpu()
-    draw = lambda n, p: torch.rand(n, *p.shape, generator=generator) < p
-    shots, tries = draw(repeats, p_shot), 0
-    while not (some := shots.any(1)).all():
-        shots[~some], tries = draw(int((~some).sum()), p_shot), tries + 1
-        if tries == TRIES:
-            raise InputError(
-                f"the shot policy keeps no shot in {TRIES} draws; a lower --lr is the usual remedy"
-            )
-    return shots.to(z_shot.device), draw(repeats, p_token).to(z_shot.device)
+    Shots are drawn given that one is kept, at least: the first that is kept is i with a probability in
+    proportion to P(keep i) prod_{j<i} P(drop j), those behind it are drawn freely. (Drawing again until one
+    is kept, as published, has the same law, but does not end where all P are small.)"""
+    device, (z_shot, z_token) = z_shot.device, (z.detach().cpu().double() for z in (z_shot, z_token))
+    draw = lambda z: torch.rand(repeats, *z.shape, generator=generator, dtype=torch.float64) < z.sigmoid()
+    dropped = F.logsigmoid(-z_shot)
+    law = (F.logsigmoid(z_shot) + dropped.cumsum(0) - dropped).softmax(0)
+    first = torch.multinomial(law, repeats, replacement=True, generator=generator)[:, None]
+    place = torch.arange(len(z_shot))
+    shots = (place == first) | (place > first) & draw(z_shot)
+    return shots.to(device), draw(z_token).to(device)
 
 
 def log_policy(z_shot, z_token, shots, tokens, free):
@@ -293,8 +293,9 @@ def learn(pruner, encoder, problems, judge, size, config, log, saved=lambda: Non
 
 
 def choose(p_shot, p_token, ids, budget, size, decode):
-    """Which tokens of which shots are kept: P(keep) of each shot, of each of its tokens (inf: forced) -> a
-    list of bools a shot, all False where it is dropped. The texts together have at most `budget` LM tokens.
+    """Which tokens of which shots are kept: P(keep) of each shot (None: no shot stage), of each of its tokens
+    (inf: forced) -> a list of bools a shot, all False where it is dropped. The texts together have at most
+    `budget` LM tokens.
 
     1. Shots, the likeliest first and the earlier of equals. One with P < 1/2 is dropped, and one is passed
        over of whose expected size, its LM tokens times the mean P(keep) of its tokens, not even half fits
@@ -303,17 +304,19 @@ def choose(p_shot, p_token, ids, budget, size, decode):
     2. Of these shots' tokens those with P < 1/2 are dropped, then the least likely of all until the budget is
        met (selection.squeeze); a shot of which only its layout is left goes. A budget below one token and the
        layout of a shot leaves none.
-    Without a token stage (p_token None) the shots of step 1 that fit whole are kept.
-    The published `fix_forward` has counts of shots and tokens in the budget's place, and is not called."""
-    order = sorted(range(len(ids)), key=lambda i: -p_shot[i])
-    likely = [i for i in order if p_shot[i] >= 0.5] or order[:1]
-    sizes = [size(decode(one)) for one in ids]
-    if p_token is None:
-        taken = whole(sizes, likely, budget)
-        return [[i in taken] * len(one) for i, one in enumerate(ids)]
-    means = [sum(min(p, 1.0) for p in row) / len(row) for row in p_token]
-    expected = [n * mean for n, mean in zip(sizes, means)]
-    taken = whole(expected, likely, budget, share=0.5) or order[:1]
+    Without a shot stage step 2 has all shots; without a token stage (p_token None) the shots of step 1 that
+    fit whole are kept. The published `fix_forward` has counts of shots and tokens in the budget's place, and
+    is not called."""
+    sizes, taken = [size(decode(one)) for one in ids], range(len(ids))
+    if p_shot:
+        order = sorted(taken, key=lambda i: -p_shot[i])
+        likely = [i for i in order if p_shot[i] >= 0.5] or order[:1]
+        if p_token is None:
+            taken = whole(sizes, likely, budget)
+            return [[i in taken] * len(one) for i, one in enumerate(ids)]
+        means = [sum(min(p, 1.0) for p in row) / len(row) for row in p_token]
+        expected = [n * mean for n, mean in zip(sizes, means)]
+        taken = whole(expected, likely, budget, share=0.5) or order[:1]
     pieces, scores = [ids[i] for i in taken], [p_token[i] for i in taken]
     kept = dict(zip(taken, squeeze(pieces, scores, budget, size, decode, least=0.5)))
     return [kept.get(i, [False] * len(one)) for i, one in enumerate(ids)]
@@ -337,7 +340,8 @@ def prune(pruner, encoder, problems, budget, size, see_question=False):
         p_token = z_token.sigmoid().masked_fill(~seen.free, torch.inf).tolist()
         p_token = [row[: len(ids)] for row, ids in zip(p_token, seen.ids)]
         p_token = p_token if pruner.stages["token_stage"] else None
-        keep = choose(z_shot.sigmoid().tolist(), p_token, seen.ids, budget, size, encoder.decode)
+        p_shot = z_shot.sigmoid().tolist() if pruner.stages["shot_stage"] else None
+        keep = choose(p_shot, p_token, seen.ids, budget, size, encoder.decode)
         pieces = [[encoder.decode([i]) for i in ids] for ids in seen.ids]
         yield Kept(replace(problem, shots=texts_of(seen.ids, keep, encoder.decode)), pieces, keep)
 

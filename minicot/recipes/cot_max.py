@@ -37,14 +37,16 @@ SIZES = {
     "questions": 8,  # a step
     "repeats": 8,  # prunings of each; the paper's are 10 (13B) and 5 (70B)
     "target": 96,  # T
-    "lrs": (1e-3, 3e-3),
+    "lr": 3e-3,
+    "entropies": (0.0, 0.003, 0.01),
     "other_targets": (48, 192),
     "validation": 300,
     "test": 1000,
     "budgets": (24, 48, 96, 192),
 }
 FAST = dict(
-    seeds=1, taught=1000, asked=60, steps=10, questions=4, repeats=4, lrs=(3e-3,), validation=20, test=60,
+    seeds=1, taught=1000, asked=60, steps=10, questions=4, repeats=4, entropies=(0.01,),
+    validation=20, test=60,
 )  # fmt: skip
 BASELINES = ("fixed", "random", "topk", "complexity", "selective-context", "random-tokens")
 KINDS = ("number", "operator", "unit", "other", "filler")
@@ -147,7 +149,7 @@ def declare(E):
     def pruner(name, *switches, target=s.target, budgets=(), **flags):
         model = E.model(
             name, "minicot.pruner", *switches, model=base, target=target, steps=s.steps,
-            batch_size=s.questions, repeats=s.repeats, **asked, **flags,
+            batch_size=s.questions, repeats=s.repeats, lr=s.lr, **asked, **flags,
         )  # fmt: skip
         read(model, budgets or (target,), pruner=model)
         return model
@@ -158,11 +160,11 @@ def declare(E):
         E.read("answers", of=[E.alias(how, base, "candidates")], take={"answers": "correct"}, **named)
     for method in BASELINES:
         read(E.alias(method, base), method=method)
-    main = pruner("pruner", "--easy-only", budgets=s.budgets, grid=dict(lr=s.lrs))
+    main = pruner("pruner", "--easy-only", budgets=s.budgets, grid=dict(entropy=s.entropies))
     held_out = apart | dict(data=cut("validation", main, s.target, data=apart["data"], pruner=main))
     E.choose_by("metrics.accuracy", of=[main], **held_out | dict(model=base))
     E.read("kept", what_is_kept, main, base, apart["data"], of=[main])
-    same = dict(at=(main, "lr"))
+    same = dict(at=(main, "entropy"))
     pruner("no-shots", "--easy-only", "--no-shot-stage", **same)
     pruner("no-tokens", "--easy-only", "--no-token-stage", budgets=s.budgets[-2:], **same)
     pruner("no-filter", **same)
