@@ -300,7 +300,7 @@ def choose(p_shot, p_token, ids, budget, size, decode):
     1. Shots, the likeliest first and the earlier of equals. One with P < 1/2 is dropped, and one is passed
        over of whose expected size, its LM tokens times the mean P(keep) of its tokens, not even half fits
        into what is left of the budget: so the expected total comes near to it from either side. The likeliest
-       is kept in any case.
+       goes on to step 2 in any case.
     2. Of these shots' tokens those with P < 1/2 are dropped, then the least likely of all until the budget is
        met (selection.squeeze); a shot of which only its layout is left goes. A budget below one token and the
        layout of a shot leaves none.

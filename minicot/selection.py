@@ -2,9 +2,9 @@
 
 A problem brings its own candidate shots (`shots`, texts as records.shot_text makes them), or they are
 retrieved from a pool of problems by the nearest question (TopK). A way to fit them is a row of METHODS, a
-pure function of the candidates, a budget and `size` (a text -> its LM tokens): CoT-Influx's baselines (arXiv
-2312.08901) and complexity. All keep the order of the candidates and never exceed the budget, which counts the
-LM tokens of each kept text. pruner.py is the way that learns.
+function of what a Case holds, a budget and `size` (a text -> its LM tokens): CoT-Influx's baselines (arXiv
+2312.08901), complexity, and random words. All keep the order of the candidates and never exceed the budget,
+which counts the LM tokens of each kept text. pruner.py is the way that learns.
 
 The layout of a shot, "Q:", the line break and "A:", the empty line at its end, is kept by the ways that drop
 parts of it; a shot that has nothing else left goes as a whole.
@@ -145,6 +145,7 @@ def with_candidates(problems, pool, encoder, k, *, training=False, seed=None):
             raise InputError(f"problem {problem.id!r}: its question is among its own shots, with the answer")
         if not all(shot.strip() for shot in problem.shots or []):
             raise InputError(f"problem {problem.id!r}: a shot is empty; allowed: some words")
+    refuse_pool(problems if not training else [], pool)
     lacking = [problem for problem in problems if not problem.shots]
     if not lacking:
         return problems
@@ -152,7 +153,6 @@ def with_candidates(problems, pool, encoder, k, *, training=False, seed=None):
         raise InputError(
             f"problem {lacking[0].id!r} brings no shots; allowed: rows with shots, or --shots FILE"
         )
-    refuse_pool(lacking if not training else [], pool)
     texts, names = [shot_text(p.question, p.solution) for p in pool], [normalised(p.question) for p in pool]
     vectors = encoder.embed([problem.question for problem in pool]) if seed is None else None
     found = {}

@@ -1,5 +1,6 @@
 """recipes/cot_max.py: what it declares, and what it counts of a pruned prompt."""
 
+import inspect
 import json
 
 import pytest
@@ -66,14 +67,25 @@ def test_pruners_and_baselines_answer_the_same_problems_by_the_same_base(E):
     assert ["--no-token-stage" in words for words in trained] == [False, True]
     assert all("--easy-only" in words for words in trained)
     assert {flag(words, "--max-new-tokens") for words in trained} == {"48"}  # a file's default has no room
-    assert models["w-0"].seeds == 1
+    switches = {"no-shots": "--no-shot-stage", "no-tokens": "--no-token-stage", "loss-alone": "--no-accuracy"}
+    for name, switch in switches.items():
+        assert switch in models[name].work and switch not in models["pruner"].work
+    assert "--easy-only" not in models["no-filter"].work and "--see-question" in models["see-question"].work
+    assert models["w-0"].seeds == 1 and models["w-0"].flags["w_below"] == 0
+    assert [models[f"T-{target}"].flags["target"] for target in (48, 192)] == [48, 192]
 
 
 def test_what_is_kept_by_hand(tmp_path, monkeypatch):
     shot = "Q: Kim has 2 Zoe bags. It is day 7. How many pens?\nA: 2 Zoe x 6 = 12. #### 12\n\n"
     words = [word for word, _ in shots.word_kinds(shot)]
     keep = [word.strip() in ("Q", ":", "A", "2", "x", "12") for word in words]
-    monkeypatch.setattr(cot_max, "prune_by", lambda *_, **__: [Kept(None, [words], [keep])] * 2)
+    signature = inspect.signature(cot_max.prune_by)
+
+    def pruned(*args, **how):
+        signature.bind(*args, **how)
+        return [Kept(None, [words], [keep])] * 2
+
+    monkeypatch.setattr(cot_max, "prune_by", pruned)
     monkeypatch.setattr(cot_max, "read_problems", lambda path: [])
     monkeypatch.setattr(cot_max, "Tokenizer", lambda folder: None)
     cot_max.what_is_kept(tmp_path / "out", "pruner", "base", "data", seed=0)

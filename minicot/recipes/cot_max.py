@@ -78,11 +78,7 @@ d3 |at96         |pruner|no-filter          |up  |the difficulty filter matters
 d4 |at96         |pruner|loss-alone         |up  |right answers in the reward matter
 d5 |at96         |see-question|pruner       |up  |a pruner that reads the question answers better
 """)
-PAPER = {
-    "none": "",
-    "pruner": "15.9, 32.2, 59.6 (GSM8K; LLaMA2-7B, 13B, 70B)",
-    "random": "baselines of the paper: up to 4.6 below",
-}
+PAPER = {"none": "", "pruner": "15.9, 32.2, 59.6 (GSM8K; LLaMA2-7B, 13B, 70B)"}
 COLUMNS = {
     "model": {
         **{f"{budget} tokens": f"{{at{budget}:.1%}}" for budget in SIZES["budgets"]},
@@ -176,10 +172,9 @@ def declare(E):
 
 
 def extra(E):
-    models = {model.name: model for model in E.models}
-    main = models["pruner"]
-    log = E.path(main, 0) / "metrics.jsonl"
-    return {"training": {"pruner": plots.smooth(log, TRACKED)}}
+    shown = [model for model in E.models if model.name in ("pruner", "no-shots", "no-tokens")]
+    logs = {model.name: E.path(model, 0) / "metrics.jsonl" for model in shown}
+    return {"training": {name: plots.smooth(log, TRACKED) for name, log in logs.items()}}
 
 
 def draw(results, stem):

@@ -4,13 +4,15 @@
     python -m minicot.recipes.cot_max_text --init LM --data gsm8k:PATH --name cot_max_text \\
         --others addsub:FILE multiarith:FILE svamp:FILE singleeq:FILE                    # a CPU
     ... --device cuda --dtype bfloat16 --set answers=1 each=1000 steps=1000 repeats=10 k=16 \\
-        budgets=256,512,1024,2048                                          # and accuracy against budget
+        target=512 budgets=512                 # a run for each budget: accuracy against budget
 
 The pool of shots is the first of --splits, the pruner's questions the second. Every way fills the same budget
 from the same pool; what is read is the loss of the gold answer that follows, of --others the bare answer and
 of the third split the worked solution. On a CPU the pruner learns from the loss alone (its reward is then
 1 / (1 + L) * (t / T)^w). No test question stands in the pool: the pruner refuses one that does.
 """
+
+import torch
 
 from minicot.pruner import judge_by
 from minicot.recipes.cot_max import BASELINES
@@ -61,7 +63,8 @@ COLUMNS = {
 
 def losses(out, answered, solved, base, *, seed):
     """{"nll": of each gold answer, "solved": of each worked solution}: mean nats a token under the LM."""
-    model, tokenizer, found = load_model(base, device=E.args.device), Tokenizer(base), {}
+    dtype, tokenizer, found = getattr(torch, E.args.dtype), Tokenizer(base), {}
+    model = load_model(base, device=E.args.device, dtype=dtype)
     for name, data, mode in (("nll", answered, "direct"), ("solved", solved, "plain")):
         how = dict(style="hash", max_new_tokens=1, batch_size=8, accuracy=False)
         judge = judge_by(model, tokenizer, mode=mode, **how)

@@ -26,7 +26,8 @@ three harder ones, one easier, one to a difficulty); mrd3_row writes it as MRD3'
     stage --init runs/in-context/drilled --data runs/in-context/short.jsonl --out runs/in-context/shown
     stage --init runs/in-context/shown --data runs/in-context/full.jsonl --out runs/in-context/full
     stage --init runs/in-context/full --data runs/in-context/more.jsonl --out runs/in-context/base
-    python sample.py --evaluate --model runs/in-context/base --data runs/in-context/test-all.jsonl
+    python sample.py --evaluate --max-new-tokens 48 --model runs/in-context/base \\
+        --data runs/in-context/test-all.jsonl
 
 make a base that uses its shots, whole and in telegram style, and measure it (test-<how>.jsonl for each of
 VARIANTS): look-ups alone, prompts of few shots, prompts of many, twice. The scenes that it learns from are
@@ -348,9 +349,10 @@ VARIANTS = {
 
 
 def thinned(row: dict, most_others: int) -> dict:
-    """A row as a pruner might leave it. Half of them lose shots: up to `most_others` that aren't needed stay,
-    and the needed ones 19 times in 20. Half lose words at a rate of up to 0.6, filler twice as often;
-    numbers, operators and units one tenth as often, but in one row of five as often as the rest."""
+    """A row as a pruner might leave it. Half of them, and all where more others stand than that, lose shots:
+    up to `most_others` that aren't needed stay, and the needed ones 19 times in 20. Half lose words at a rate
+    of up to 0.6, filler twice as often; numbers, operators and units one tenth as often, but in one row of
+    five as often as the rest."""
     rng = random.Random(f"thinned {row['id']}")
     others = [place for place in range(len(row["shots"])) if place not in row["needed"]]
     if rng.random() < 0.5 or most_others < len(others):
