@@ -45,7 +45,7 @@ def test_pruners_and_baselines_answer_the_same_problems_by_the_same_base(E):
         ran.append(words) or json.dump({}, open(words[words.index("--out") + 1], "w"))
     )
     models = {model.name: model for model in E.models}
-    E.chosen["pruner"] = {"entropy": 0.02}
+    E.chosen["pruner"] = {"lr": 3e-4}
     for name in ("topk", "pruner", "no-tokens"):
         reading = next(one for one, _ in E.reads[name] if one.name == "at96")
         E.path(reading, 0)
@@ -58,7 +58,7 @@ def test_pruners_and_baselines_answer_the_same_problems_by_the_same_base(E):
         flag(words, "--method") if "--method" in words else flag(words, "--pruner") for words in prunes
     ] == [
         "topk",
-        *(f"runs/recipes/cot_max-fast/{name}-entropy0.02-s10/model" for name in ("pruner", "no-tokens")),
+        *(f"runs/recipes/cot_max-fast/{name}-lr0.0003-s10/model" for name in ("pruner", "no-tokens")),
     ]
     assert {flag(words, "--model") for words in ran if words not in bases} == {base}
     assert {flag(words, "--budget") for words in prunes} == {"96"}

@@ -33,19 +33,18 @@ SIZES = {
     "first_seed": 10,
     "taught": 7000,  # rows of the base's short stage, of the other three half as many
     "asked": 400,  # training problems of the pruner
-    "steps": 120,
+    "steps": 200,
     "questions": 8,  # a step
     "repeats": 8,  # prunings of each; the paper's are 10 (13B) and 5 (70B)
     "target": 96,  # T
-    "lr": 3e-3,
-    "entropies": (0.0, 0.003, 0.01),
+    "lrs": (1e-3, 3e-3),
     "other_targets": (48, 192),
     "validation": 300,
     "test": 1000,
     "budgets": (24, 48, 96, 192),
 }
 FAST = dict(
-    seeds=1, taught=1000, asked=60, steps=10, questions=4, repeats=4, entropies=(0.01,),
+    seeds=1, taught=1000, asked=60, steps=10, questions=4, repeats=4, lrs=(3e-3,),
     validation=20, test=60,
 )  # fmt: skip
 BASELINES = ("fixed", "random", "topk", "complexity", "selective-context", "random-tokens")
@@ -145,7 +144,7 @@ def declare(E):
     def pruner(name, *switches, target=s.target, budgets=(), **flags):
         model = E.model(
             name, "minicot.pruner", *switches, model=base, target=target, steps=s.steps,
-            batch_size=s.questions, repeats=s.repeats, lr=s.lr, **asked, **flags,
+            batch_size=s.questions, repeats=s.repeats, **asked, **flags,
         )  # fmt: skip
         read(model, budgets or (target,), pruner=model)
         return model
@@ -156,11 +155,11 @@ def declare(E):
         E.read("answers", of=[E.alias(how, base, "candidates")], take={"answers": "correct"}, **named)
     for method in BASELINES:
         read(E.alias(method, base), method=method)
-    main = pruner("pruner", "--easy-only", budgets=s.budgets, grid=dict(entropy=s.entropies))
+    main = pruner("pruner", "--easy-only", budgets=s.budgets, grid=dict(lr=s.lrs))
     held_out = apart | dict(data=cut("validation", main, s.target, data=apart["data"], pruner=main))
     E.choose_by("metrics.accuracy", of=[main], **held_out | dict(model=base))
     E.read("kept", what_is_kept, main, base, apart["data"], of=[main])
-    same = dict(at=(main, "entropy"))
+    same = dict(at=(main, "lr"))
     pruner("no-shots", "--easy-only", "--no-shot-stage", **same)
     pruner("no-tokens", "--easy-only", "--no-token-stage", budgets=s.budgets[-2:], **same)
     pruner("no-filter", **same)
