@@ -506,6 +506,7 @@ class PruneConfig(Common):
     pruner: str = flag("model", "", "--method learned: the pruner's folder")
     budget: int = flag("method", 0, "most tokens of a problem's shots (0 = the pruner's target)", least=0)
     split: str = flag("data", "test", "split to prune; a slice is written test[:100]")
+    k: int = flag("data", 16, "candidates a problem from --shots; a pruner has its own number", least=1)
     marked: str = flag("output", "", "--method learned: a page of the first 3 prompts, kept tokens bold")
 
 

@@ -401,6 +401,13 @@ def test_on_a_bandit_the_learned_policy_beats_the_others_by_far(encoder, size, t
     )
 
 
+def test_the_entropy_bonus_keeps_the_policy_open(encoder, size, tmp_path):
+    without, bonus = (
+        taught(encoder, size, tmp_path, steps=30, entropy=weight)[1][-1]["entropy"] for weight in (0.0, 0.05)
+    )
+    assert bonus > without + 0.2
+
+
 def test_the_same_seed_learns_the_same_and_a_stage_left_out_does_not_move(encoder, size, tmp_path):
     (a, log), (b, again) = (taught(encoder, size, tmp_path, steps=2) for _ in range(2))
     timeless = lambda lines: [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
