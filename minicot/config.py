@@ -82,7 +82,7 @@ class LoopConfig(Flags):
         "model", "float32", "bfloat16 = autocast; weights stay float32"
     )
     compile: bool = COMPILE
-    shard: bool = flag("model", False, "torchrun: each rank holds a part of the weights (FSDP2)")
+    shard: bool = flag("model", False, "torchrun: each rank trains a part (FSDP2), a whole copy samples")
     checkpoint_activations: bool = flag(
         "model", False, "keep each layer's input alone and compute it again in backward"
     )

@@ -11,6 +11,7 @@ On CUDA a rank has the GPU of its LOCAL_RANK. Collectives of CPU tensors go over
 """
 
 import os
+import re
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from minicot.errors import InputError
 
 TIMEOUT = timedelta(minutes=30)  # a rank that waits longer for the others ends the run
+LOST = "closed by peer|reset by peer|Broken pipe|[Tt]imed? ?out|NCCL|remote process"
 
 
 def rank():
@@ -89,6 +91,15 @@ def joined():
         yield say_once
         dist.barrier()  # rank 0 may still be writing: none leaves before it is done
         dist.destroy_process_group()
+    except RuntimeError as error:  # what another process ended of has been said by that one
+        if not re.search(LOST, str(error)):
+            raise
+        reason = str(error).splitlines()[0]
+        say_once(
+            f"error: another process ended, or did not answer for {TIMEOUT} ({reason}); where it says "
+            "nothing itself it was killed, often for memory; allowed: --resume, from the last checkpoint"
+        )
+        raise SystemExit(2) from None
     finally:
         sys.stdout = spoken
 
@@ -175,17 +186,36 @@ def wrap(model, forward, config):
     if not config.shard:
         where = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
         return DistributedDataParallel(module, device_ids=where, find_unused_parameters=sees(model))
-    narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    narrow = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     policy = narrow if config.dtype == "bfloat16" else MixedPrecisionPolicy()
     mesh = dist.init_device_mesh(next(model.parameters()).device.type, (size(),))
     for block in language_of(model).layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(module, mesh=mesh, mp_policy=policy)
+    module = fully_shard(module, mesh=mesh, mp_policy=policy)
+    if sees(model):
+        if not hasattr(module, "set_reduce_scatter_unused_params"):
+            raise InputError(
+                f"--shard of a model that sees needs torch 2.13 or newer, this is {torch.__version__}"
+            )
+        module.set_reduce_scatter_unused_params(True)
+    return module
 
 
 def sees(model):
     """Has it a picture encoder? A batch without pictures then leaves parameters without a gradient."""
     return hasattr(model, "vision_tower")
+
+
+def drop_unused(model):
+    """The gradients of a sharded model's eyes where no rank has seen a picture: FSDP2 makes zeros of them,
+    which AdamW's momentum would go on with. One process has none then, and leaves these parameters alone."""
+    if not sees(model) or not isinstance(next(model.parameters()), DTensor):
+        return
+    named = ((name, p) for name, p in model.named_parameters() if p.grad is not None)
+    eyes = [p for name, p in named if not name.startswith("language_model.")]
+    (used,) = total(sum(p.grad.to_local().count_nonzero().item() for p in eyes))
+    for parameter in eyes if not used else ():
+        parameter.grad = None
 
 
 def language_of(model):
@@ -196,6 +226,13 @@ def language_of(model):
 def whole(tensor):
     """A tensor of which every rank holds a part, put together (a collective); others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(named):
+    """(name, tensor) pairs -> {name: the whole tensor, on the CPU} on rank 0, {} on the others, which take
+    part: one tensor at a time is whole on a device."""
+    found = ((name, whole(tensor.detach())) for name, tensor in named)
+    return {name: tensor.cpu().contiguous() for name, tensor in found if first()}
 
 
 def placed(tensor, like):

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from minicot.config import check, handle_signals
 from minicot.errors import InputError
-from minicot.parallel import first, from_first, largest, placed, whole
+from minicot.parallel import first, from_first, gathered, largest, placed
 from minicot.tokenizer import FILES, Tokenizer
 from minicot.training import mfu, weights_digest
 from minicot.weights import load_model, read_json, save_model
@@ -310,12 +310,12 @@ def save_checkpoint(out, step, model, optimizer):
     picture)."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     trained = [parameter for parameter in names if parameter.requires_grad]
-    state = {
-        f"{names[parameter]}.{key}": whole(value).contiguous() if value.ndim else whole(value).reshape(1)
+    state = gathered(
+        (f"{names[parameter]}.{key}", value if value.ndim else value.reshape(1))
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
-    }
-    weights = {name: whole(p.detach()).contiguous() for p, name in names.items()}
+    )
+    weights = gathered((name, parameter) for parameter, name in names.items())
     if not first():
         return
     final = out / f"checkpoint-{step}"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from minicot.errors import InputError
-from minicot.parallel import size, whole
+from minicot.parallel import drop_unused, size, whole
 
 ROOT = Path(__file__).parent.parent
 PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense, from the vendor's data sheets
@@ -121,6 +121,7 @@ def set_lr(optimizer, step, total, warmup):
 
 def clip_gradients(model, largest):
     """Scale the gradients down to a total norm of `largest` (0 = never); returns the norm before."""
+    drop_unused(model)
     return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf)).item()
 
 

@@ -387,7 +387,8 @@ def main(argv=None):
             for result in function(*first, device, args.rounds, **other):
                 print(page.line(result), flush=True)
                 run["rows"].append(result)
-        except (RuntimeError, AssertionError) as error:  # out of memory, or sides that do not agree
+        except (RuntimeError, AssertionError, subprocess.CalledProcessError) as error:
+            # out of memory, sides that do not agree, or a child that says itself what is wrong
             failed.append(f"{name} ({(str(error) or type(error).__name__).splitlines()[0]})")
     late = f"Not measured, as {args.minutes:g} minutes were over"
     notes = [f"{why}: {'; '.join(names)}." for why, names in (("Failed", failed), (late, left_out)) if names]
