@@ -8,6 +8,7 @@ rule and exactly (fractions.Fraction).
 import re
 import unicodedata
 from fractions import Fraction
+from functools import lru_cache
 
 from minicot.errors import InputError
 
@@ -111,6 +112,7 @@ def _extract_letter(text: str) -> str | None:
     return found[1].upper()
 
 
+@lru_cache(2**16)
 def normalize(answer: str) -> tuple:
     r"""The hashable key under which answers are equal: ("number", Fraction), ("choice", "B") or ("text",
     folded).

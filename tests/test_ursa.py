@@ -8,9 +8,11 @@ import pytest
 from minicot import plots
 from minicot.answers import split_steps
 from minicot.metrics import auroc
+from minicot.recipes.tables import sides
 from minicot.records import Problem, Response, Samples, read_samples, samples_to_row
 from minicot.recipes import ursa, ursa_grpo, ursa_labels
 from minicot.runs import write_jsonl
+from minicot.sets import read_problems
 from minicot.synthesis import number_steps
 from minicot.toy import pictures
 
@@ -36,9 +38,13 @@ def test_the_recipe_declares_what_its_claims_name(tmp_path, monkeypatch):
     models = {model.name: model for model in ursa.E.models}
     ursa.E.models.clear(), ursa.E.reads.clear()
     assert set(models) == {"sft", "other", *ursa.SOURCES, "dpo"}
+    flags = [
+        {k: v for k, v in models[name].flags.items() if k not in ("task", "samples")} for name in ursa.SOURCES
+    ]
+    assert all(one == flags[0] for one in flags) and flags[0]["steps"] and flags[0]["train"] == "language"
     assert models["orm"].flags["samples"].name == models["prm"].flags["samples"].name  # the same responses
-    assert 3 <= sum(claim["id"].endswith("*") for claim in ursa.CLAIMS) <= 5
-    rows = [json.loads(line) for line in (ursa.E.root / "expanded.jsonl").read_text().splitlines()]
+    assert 3 <= sum(claim["id"].endswith("*") for claim in ursa.CLAIMS + ursa_grpo.CLAIMS) <= 5
+    rows = [json.loads(line) for line in (ursa.E.root / "expand.jsonl").read_text().splitlines()]
     assert 20 < len(rows) < 40  # a quarter of the teacher's answers is wrong, most of these are dropped
     assert all(row["solution"].startswith("Step 1: ") and "†Answer: " in row["solution"] for row in rows)
 
@@ -47,8 +53,8 @@ def labelled(text, correct, labels, **fields):
     return Response(text, correct, step_labels=labels, **fields)
 
 
-def test_a_reward_model_of_each_source_learns_the_same_right_responses(tmp_path):
-    right = [labelled(f"right {i}", True, [True]) for i in range(4)]
+def test_a_reward_model_of_each_source_learns_a_right_response_for_two_wrong_ones(tmp_path):
+    right = [labelled(f"right {i}", True, [True]) for i in range(5)]
     bel = [labelled(f"bel {i}", False, [False]) for i in range(5)] + [Response("not located", False)]
     mie = [labelled(f"mie {i}", False, [True, False]) for i in range(4)]
     sampled = written(tmp_path / "bel", Samples(Problem("p", "q"), right + bel))
@@ -59,11 +65,27 @@ def test_a_reward_model_of_each_source_learns_the_same_right_responses(tmp_path)
         made = read_samples(tmp_path / source)
         assert len({one.problem.id for one in made}) == len(made)
         texts[source] = {one.text for samples in made for one in samples.responses}
-    kept = {text for text in texts["both"] if text.startswith("right")}
-    assert len(kept) == 3  # one for three of the nine wrong ones
+    of_right = lambda source: {text for text in texts[source] if text.startswith("right")}
+    assert [len(of_right(source)) for source in ("both", "bel", "mie")] == [
+        4,
+        2,
+        2,
+    ]  # of 9, 5 and 4 wrong ones
     wrong = {name: {one.text for one in part[:5]} for name, part in (("bel", bel), ("mie", mie))}
-    assert texts["bel"] == kept | wrong["bel"] and texts["mie"] == kept | wrong["mie"]
-    assert texts["both"] == kept | wrong["bel"] | wrong["mie"]
+    assert texts["bel"] - of_right("bel") == wrong["bel"] and texts["mie"] - of_right("mie") == wrong["mie"]
+    assert texts["both"] - of_right("both") == wrong["bel"] | wrong["mie"]
+
+
+def test_two_right_responses_to_a_problem_are_misread_each_in_its_way(tmp_path):
+    [problem] = read_problems("toy-pictures", "train", limit=1)
+    told = [number_steps([f"Well {i}.", *split_steps(problem.solution)], problem.answer) for i in range(3)]
+    right = [Response(text, True, answer=problem.answer) for text in told]
+    file = written(tmp_path / "samples", Samples(problem, [Response("no", False), *right]))
+    ursa_labels.misread(tmp_path / "mie", file, seed=0)
+    [found] = read_samples(tmp_path / "mie")
+    made = found.responses
+    assert len(made) == 2 and len({one.text for one in made}) == 2
+    assert not any(one.correct for one in made) and all(False in one.step_labels for one in made)
 
 
 ROW = pictures.make_problem(1, kind="table", difficulty=2)
@@ -126,6 +148,47 @@ def test_best_of_n_by_each_aggregate_and_its_controls(tmp_path):
     assert read(tmp_path / "score") == {"score": 0.0}
 
 
+def test_every_metric_of_a_claim_is_read_out(tmp_path, monkeypatch):
+    """What the readings write of a small pool, under the names that the claims ask for."""
+    K = len(ROW["steps"])
+    problem = Problem(ROW["id"], ROW["question"], answer=ROW["answer"])
+
+    def response(text, correct, kind):
+        how = {"scores": {kind: 0.5 + correct}, "step_scores": {kind: [0.5] * K}}
+        return Response(text, correct, answer="99", ids=[1], **how)
+
+    def pool(kind):
+        made = [response(chain(), True, kind)] + [response(chain(2), False, kind)] * 31
+        return written(tmp_path / kind, Samples(problem, made))
+
+    roll_out = lambda asked: [
+        ["\n" * (not p.text.endswith("\n")) + f"†Answer: {ROW['answer']}"] for p in asked
+    ]
+    monkeypatch.setattr(ursa_labels, "roll_outs", lambda model, seed: ursa_labels.Rates(roll_out))
+    bel = written(
+        tmp_path / "bel", Samples(problem, [labelled(chain(2), False, [True] * K), Response("x", False)])
+    )
+    names = {"greedy"}
+    for number, (work, *inputs) in enumerate(
+        (
+            (ursa.all_curves, pool("prm")),
+            (ursa.all_curves, pool("dpo")),
+            (ursa_labels.step_quality, pool("prm")),
+            (ursa_labels.length_matched, pool("orm")),
+            (ursa_labels.bel_quality, bel, "sft", pool("prm")),
+        )
+    ):
+        work(out := tmp_path / f"out-{number}", *inputs, seed=0)
+        found = read(out)
+        names |= found.keys() | {f"other {name}" for name in found if "@" in name}
+    assert found["as_exhaustive"] == [[31, 31]] and found["bel_steps"] == [[2, K]]
+    [[cost, most]] = found["bel_cost"]
+    assert 0 < cost < most == K
+    assert read(tmp_path / "out-3") == {"matched": [[31, 31]]}
+    for claim in ursa.CLAIMS:
+        assert {metric for _, metric in sides(claim)} <= names, claim
+
+
 def test_a_right_and_a_wrong_chain_are_drawn_step_by_step(tmp_path):
     K = len(ROW["steps"])
     scored = lambda text, correct: Response(text, correct, step_scores={"prm": [0.9] * K})
@@ -164,6 +227,7 @@ def test_all_arms_start_from_ursas_models_in_ursas_folder(declared):
     arms = [models[name] for name in ursa_grpo.ARMS]
     assert list(models) == ["sft", "prm", *ursa_grpo.ARMS]
     assert len({repr({k: v for k, v in arm.flags.items() if k != "reward"}) for arm in arms}) == 1
+    assert [arm.grid or arm.at for arm in arms] == 2 * [{"lr": (1e-4,)}] + 2 * [(models["grpo"], "lr")]
     assert all(arm.flags["init"] is models["sft"] for arm in arms)
     assert [arm.flags["reward"] for arm in arms] == ["outcome", "ps-grpo", "mean", "steps"]
     assert E.folder(models["sft"], 0).as_posix() == "runs/recipes/ursa-fast/sft-s10"
@@ -185,6 +249,7 @@ def test_habits_by_hand(tmp_path):
         "prm": [0.8, 0.8],
         "length": [30.0, 45.0],
         "drops": [[1, 2], [0, 0]],
+        "form": [0.0, 0.0],
     }
 
 

@@ -19,6 +19,7 @@ from minicot.training import pick_device
 from minicot.weights import load_model
 
 ROLLOUTS, TOKENS = 8, 144  # continuations of a prefix; longest response
+MISREAD = 2  # right responses to a problem that are misread
 
 
 # ---- labels --------------------------------------------------------------------------------------
@@ -41,27 +42,30 @@ def label_by_rollouts(out, samples, model, *, seed):
 
 
 def misread(out, samples, *, seed):
-    """MIE: of each problem's first right response the teacher's misreading, as Samples of it alone."""
-    right = [(one, next((r for r in one.responses if r.correct), None)) for one in read_samples(samples)]
-    problems = [replace(one.problem, solution=response.text) for one, response in right if response]
+    """MIE: the teacher's misreadings of each problem's first MISREAD right responses."""
+    right = [(one, [r for r in one.responses if r.correct][:MISREAD]) for one in read_samples(samples)]
+    problems = [replace(one.problem, solution=r.text) for one, responses in right for r in responses]
     chat = teacher.chat("misinterpret", [vars(problem) for problem in problems], seed=seed)
     made = list(synthesise(problems, "misinterpret", chat))
     print(f"{out}: {describe_failures(made)}")
-    kept = [Samples(p, [wrong]) for p, wrong in zip(problems, made) if isinstance(wrong, Response)]
-    write_jsonl(out, map(samples_to_row, kept))
+    kept = {}
+    for problem, wrong in zip(problems, made):
+        if isinstance(wrong, Response):
+            kept.setdefault(problem.id, Samples(problem, [])).responses.append(wrong)
+    write_jsonl(out, map(samples_to_row, kept.values()))
 
 
 def training_set(out, bel, mie, source, *, seed):
     """The responses that a reward model learns from, each as Samples of its own: the wrong ones of "bel", of
-    "mie" or of "both", and always the same right ones, one for three wrong ones of both."""
+    "mie" or of "both", and a right one for two of these."""
     parts = [
         [(one, r) for one in read_samples(file) for r in one.responses if r.step_labels]
         for file in (bel, mie)
     ]
-    wrong = [[pair for pair in part if not pair[1].correct] for part in parts]
+    bel_wrong, mie_wrong = ([pair for pair in part if not pair[1].correct] for part in parts)
+    wrong = {"both": bel_wrong + mie_wrong, "bel": bel_wrong, "mie": mie_wrong}[source]
     right = [pair for pair in parts[0] if pair[1].correct]
-    kept = random.Random(f"right {seed}").sample(right, min(len(right), sum(map(len, wrong)) // 3))
-    chosen = kept + {"both": wrong[0] + wrong[1], "bel": wrong[0], "mie": wrong[1]}[source]
+    chosen = random.Random(f"right {seed}").sample(right, min(len(right), len(wrong) // 2)) + wrong
     own_id = lambda one, i: replace(one.problem, id=f"{one.problem.id}/{i}")
     rows = (Samples(own_id(one, i), [response]) for i, (one, response) in enumerate(chosen))
     write_jsonl(out, map(samples_to_row, rows))
@@ -99,6 +103,22 @@ def step_quality(out, scored, *, seed):
     write_json(out, {"steps": steps, "first_error": first, "auroc": auroc(*zip(*sum(told, [])))})
 
 
+def length_matched(out, scored, *, seed):
+    """{"matched": of each problem [pairs in which the right chain scores higher, pairs]}, of a right and a
+    wrong chain of as many tokens."""
+    found = []
+    for one in read_samples(scored):
+        [kind] = one.responses[0].scores
+        pairs = [
+            a.scores[kind] > b.scores[kind]
+            for a in one.responses
+            for b in one.responses
+            if a.correct and not b.correct and len(a.ids) == len(b.ids)
+        ]
+        found.append([sum(pairs), len(pairs)])
+    write_json(out, {"matched": found})
+
+
 def two_chains(out, scored, *, seed):
     """Of the first question of which a chain goes wrong behind its first step and another ends right, these
     two: {title: {"steps", "scores", "wrong": its first wrong step, None in the right one}}."""
@@ -116,19 +136,21 @@ def two_chains(out, scored, *, seed):
 
 
 def bel_quality(out, bel, model, samples, *, seed):
-    """{"bel_steps", "bel_first": BEL's labels against the oracle, counts of each problem; "as_exhaustive":
-    how often both searches find the same step, of 50 problems}."""
+    """{"bel_steps", "bel_first": BEL's labels against the oracle, counts of each problem; of 50 problems
+    "as_exhaustive": how often exhaustive search over other rollouts finds the same step, and "bel_cost":
+    [prefixes that were rolled out, prefixes that this takes]}."""
     labelled = [
-        one for one in read_samples(bel) if one.responses and all(r.step_labels for r in one.responses)
+        replace(one, responses=[r for r in one.responses if r.step_labels]) for one in read_samples(bel)
     ]
     steps, first, _ = zip(*(against_oracle(one, lambda r: r.step_labels) for one in labelled))
-    few, rates = read_samples(samples)[:50], roll_outs(model, seed)
-    [binary, _], [whole, _] = locate_errors(few, rates), locate_errors(few, rates, search=exhaustive_search)
-    same = [
-        [
-            sum(a.step_labels == b.step_labels for a, b in zip(*two) if not a.correct),
-            sum(not a.correct for a in two[0]),
+    few, ours, others = read_samples(samples)[:50], roll_outs(model, seed), roll_outs(model, seed + 1)
+    [binary, _], [whole, _] = locate_errors(few, ours), locate_errors(few, others, search=exhaustive_search)
+    same = []
+    for one, other in zip(binary, whole):
+        both = [
+            (a.step_labels, b.step_labels) for a, b in zip(one.responses, other.responses) if not a.correct
         ]
-        for two in ((one.responses, other.responses) for one, other in zip(binary, whole))
-    ]
-    write_json(out, {"bel_steps": steps, "bel_first": first, "as_exhaustive": same})
+        both = [(a, b) for a, b in both if a and b]
+        same.append([sum(a == b for a, b in both), len(both)])
+    cost = [[ours.counts["prefixes"], others.counts["prefixes"]]]
+    write_json(out, {"bel_steps": steps, "bel_first": first, "as_exhaustive": same, "bel_cost": cost})

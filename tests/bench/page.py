@@ -24,7 +24,7 @@ paper: [PROJECTION.md](PROJECTION.md).
 A row races minicot against a peer on the same weights and the same batch. All sides take turns in one process
 (A B C A B C ...), so that a noisy machine hits all of them, and their losses and gradients are checked to
 agree before a step is timed. What is shown is theirs / ours, min / median / max over the rounds: above 1,
-minicot is faster, or takes less memory. A step is forward and backward, without an optimizer. Tokens a second
+minicot is faster, or takes less memory. A step is forward and backward, without an optimizer (of GRPO all of it: rollouts, update, AdamW). Tokens a second
 count the prompt and response tokens of all rows of a step, shared or not; of a generation, the new ones.
 
 | side | what it computes (`sides.py`) |
@@ -33,7 +33,7 @@ count the prompt and response tokens of all rows of a step, shared or not; of a 
 | padded | minicot without shared prompts and packing, with the same savings at the head |
 | plain | `score_plain`: one padded forward, all logits |
 | transformers | Llama or Llava, one padded forward, all logits; its own loss for SFT, else ours |
-| TRL | `DPOTrainer.compute_loss`, the reference's log-probabilities given |
+| TRL | `DPOTrainer.compute_loss`, the reference's log-probabilities given; of GRPO `GRPOTrainer`'s step |
 | naive | of a policy step (`pruner.py`): one prompt at a time, its shots encoded anew |
 | one process | whole SFT steps with AdamW by one process of one thread, beside two by torchrun (`ranks.py`) |
 
