@@ -25,7 +25,8 @@ A row races minicot against a peer on the same weights and the same batch. All s
 (A B C A B C ...), so that a noisy machine hits all of them, and their losses and gradients are checked to
 agree before a step is timed. What is shown is theirs / ours, min / median / max over the rounds: above 1,
 minicot is faster, or takes less memory. A step is forward and backward, without an optimizer (of GRPO all of
-it: rollouts, update, AdamW). Tokens a second count the prompt and response tokens of all rows of a step, shared or not; of a generation, the new ones.
+it: rollouts, update, AdamW). Tokens a second count the prompt and response tokens of all rows of a step,
+shared or not; of a generation, the new ones.
 
 | side | what it computes (`sides.py`) |
 |---|---|
