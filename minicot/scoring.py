@@ -37,7 +37,10 @@ from minicot.model import attend
 CHUNK = 2**26  # logits in memory at once: 256 MiB in float32
 BLOCK = 128  # FlexAttention's blocks of queries and of keys
 SPARED = 1 / 8  # CUDA: least share of the tokens that packing has to spare
-GATHER = 90  # CPU: multiplications in the time of a number gathered: fitted to tests/bench, 2 threads
+GATHER = 10  # CPU: multiplications in the time of a number gathered,
+FIXED = (
+    10**7
+)  # and in what packing costs a layer in any case: fitted to toy steps, 2 threads (tests/test_scoring.py)
 MASK = 2**24  # entries of the mask in memory at once: 16 MiB each of a few bool tensors
 
 
@@ -234,6 +237,7 @@ def pays(packed, config):
     + (N T^2 - B P^2 - 2N R (P + R)) HD                    attention; TwoParts masks the rows', so that no
                                                            half is spared (without prompts it is: N R^2)
     >= GATHER ((BP + NR + L) HD + 2 (BP + N (P + R)) KD)   queries to both parts and back, keys and values
+       + FIXED                                             which few tokens do not earn
 
     On CUDA, which gathers nothing, where it spares SPARED of the tokens: FlexAttention is slower than the
     fused causal kernel that padded rows take (tests/bench says by how much).
@@ -245,7 +249,7 @@ def pays(packed, config):
     token = config.hidden_size * (2 * (width + keys) + 3 * config.intermediate_size)
     seen = B * P**2 + N * R * (2 * (P + R) if P else R)
     gathered = (B * P + N * R + L) * width + 2 * (B * P + N * (P + R)) * keys
-    return (N * T - L) * token + (N * T**2 - seen) * width >= GATHER * gathered
+    return (N * T - L) * token + (N * T**2 - seen) * width >= GATHER * gathered + FIXED
 
 
 def common_beginning(texts, limit):

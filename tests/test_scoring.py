@@ -165,14 +165,20 @@ def counted(shape, config=CONFIG):
 def test_the_rule_weighs_multiplications_spared_against_numbers_gathered(shape, monkeypatch):
     spared, gathered = counted(shape)
     packed = pack(collate(groups(shape), pad_id=0))
-    for gather, picked in ((spared / gathered - 1e-6, True), (spared / gathered + 1e-6, False)):
-        monkeypatch.setattr(scoring, "GATHER", gather)
-        assert pays(packed, CONFIG) is picked
+    for fixed in (0, 1000):
+        monkeypatch.setattr(scoring, "FIXED", fixed)
+        for gather, picked in (
+            ((spared - fixed) / gathered - 1e-6, True),
+            ((spared - fixed) / gathered + 1e-6, False),
+        ):
+            monkeypatch.setattr(scoring, "GATHER", gather)
+            assert pays(packed, CONFIG) is picked
 
 
 @pytest.mark.parametrize("shape, tokens", [([(90, [2] * 8)], 90 + 8 * 2), ([(2, [40, 41])], 2 * 43)])
-def test_score_takes_the_path_that_the_rule_picks(shape, tokens):
+def test_score_takes_the_path_that_the_rule_picks(shape, tokens, monkeypatch):
     """A long prompt of many short responses is packed; a short one of two long responses is padded."""
+    monkeypatch.setattr(scoring, "FIXED", 0)
     batch, seen, policy = collate(groups(shape), pad_id=0), [], model()
     embed = policy.embed
     policy.embed = lambda ids, *images: (seen.append(ids.numel()), embed(ids, *images))[1]
@@ -180,10 +186,18 @@ def test_score_takes_the_path_that_the_rule_picks(shape, tokens):
     assert seen == [tokens]
 
 
-TABLE = [  # the bench's rows (B, K, P, R) of the toy with 1M parameters, and which path was the faster
-    ((4, 2, 64, 128), False),  # packed 0.91x
-    ((4, 2, 512, 128), True),  # 1.39x
-    ((2, 8, 64, 128), True),  # 1.07x
+TABLE = [  # (B, K, P, R) of the toy with 1M parameters, and which path was the faster: 2 threads, in turns
+    ((1, 2, 64, 128), False),  # packed 0.94x and 0.99x
+    ((4, 2, 16, 128), False),  # 1.00x
+    ((2, 2, 64, 128), True),  # 1.00x
+    ((4, 2, 64, 128), True),  # 1.06x
+    ((8, 2, 64, 128), True),  # 1.10x
+    ((4, 2, 32, 64), True),  # 1.02x
+    ((1, 2, 128, 128), True),  # 1.06x
+    ((4, 2, 64, 64), True),  # 1.16x
+    ((4, 4, 32, 96), True),  # 1.13x
+    ((2, 8, 32, 64), True),  # 1.24x
+    ((4, 2, 512, 128), True),  # 1.39x in the bench, as the two below
     ((2, 8, 512, 128), True),  # 2.44x
     ((2, 8, 1024, 128), True),  # 3.40x
 ]
