@@ -126,10 +126,11 @@ def test_shares_of_a_gpu_are_those_of_its_data_sheet(monkeypatch):
 def test_a_cuda_run_begins_with_what_is_worth_most_and_has_every_row():
     names = [bench.name_of(*row) for row in bench.table(torch.device("cuda"))]
     first = [next(name for name in names if words in name) for words in bench.WORTH[:4]]
-    assert (
-        names[:4] == first and names[-1].startswith(("group_row", "memory_row", "g")) and "toy" in names[-1]
-    )
+    assert names[:4] == first and "toy" in names[-1]
     assert sorted(names) == sorted(set(names))
+    on_cpu = {bench.name_of(*row) for row in bench.table(CPU)}
+    kinds = {name.split()[0] for name in on_cpu} - {"processes_row"}
+    assert {name.split()[0] for name in names} >= kinds | {"mfu_row", "decode_row"}
 
 
 def test_a_row_that_would_begin_too_late_is_named(folder, capsys, monkeypatch):
@@ -260,6 +261,19 @@ def test_a_whole_run_becomes_results_and_page_and_keeps_what_was_written_by_hand
     assert (folder / "README.md").read_text() == text.replace("but why?", "and why.")
 
 
+def test_a_part_of_the_rows_takes_the_place_of_its_own_alone(folder):
+    bench.main(["cpu", "--rounds", "1", "--write"])
+    whole = page.read_results()["cpu"]
+    [row] = whole["rows"]
+    other = row | {"model": "another"}
+    (folder / "results.json").write_text(json.dumps({"cpu": whole | {"rows": [row | {"tokens": -1}, other]}}))
+    bench.main(["cpu", "--rounds", "2", "--write", "--only", "group"])
+    run = page.read_results()["cpu"]
+    assert run["rows"][1] == other and run["command"] == whole["command"]
+    assert run["rows"][0]["tokens"] == row["tokens"] and len(run["rows"][0]["ours"]) == 2
+    assert run["rows"][0]["commit"] == run["commit"]
+
+
 def run_of(device):
     row = dict(work="SFT step", model="m", shape="s", peer="p", unit="seconds", ratio=[1.0, 2.0, 3.0])
     row |= dict(ours=[1.0], theirs=[2.0], tokens_per_second=5.0, commit="b2")
@@ -277,7 +291,7 @@ def test_the_page_says_which_rows_are_of_another_commit_and_which_peer_is_missin
     [
         (["--write"], "no part between <!-- hand-written -->"),
         (["--page"], "no part between <!-- hand-written -->"),
-        (["--write", "--only", "group"], "--write keeps a whole run"),
+        (["--write", "--only", "group"], "no whole run of cpu is there"),
     ],
 )
 def test_what_would_lose_something_is_refused_before_any_work(folder, argv, message, capsys):

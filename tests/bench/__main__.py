@@ -345,7 +345,9 @@ def about(kind, rounds):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.splitlines()[0])
     parser.add_argument("device", nargs="?", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--only", default="", help="run the rows whose name matches; --list shows the names")
+    parser.add_argument(
+        "--only", default="", help="rows whose name matches (see --list); --write keeps the others"
+    )
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="minicot's layers compiled, as by --compile")
@@ -353,8 +355,8 @@ def main(argv=None):
     parser.add_argument("--write", action="store_true", help="keep a whole run: results.json and README.md")
     parser.add_argument("--page", action="store_true", help="make README.md from results.json, run nothing")
     args = parser.parse_args(argv)
-    if args.write and args.only:
-        parser.error("--write keeps a whole run; allowed: without --only")
+    if args.write and args.only and args.device not in page.read_results():
+        parser.error(f"--only replaces rows of a whole run; no whole run of {args.device} is there")
     if args.write or args.page:
         try:
             page.hand_written()  # before hours of work
@@ -396,7 +398,7 @@ def main(argv=None):
         run["note"] = " ".join(notes)
         print(f"\n{run['note']}")
     if args.write:
-        page.write_results(args.device, run)
+        page.write_results(args.device, run, part=bool(args.only))
     if failed:
         raise SystemExit(1)
 

@@ -110,7 +110,14 @@ def write_page():
     (FOLDER / "README.md").write_text(render(read_results(), hand_written()))
 
 
-def write_results(kind, run):
-    """Put the run of a kind of device in the place of the one before, and make the page anew."""
-    (FOLDER / "results.json").write_text(json.dumps(read_results() | {kind: run}, indent=1) + "\n")
+def write_results(kind, run, part=False):
+    """Put the run of a kind of device in the place of the one before, and make the page anew. part: the rows of
+    this run replace those of the same name, or stand behind the others; each says its commit."""
+    before = read_results()
+    if part and kind in before:
+        name = lambda row: tuple(row[key] for key in ("work", "model", "shape", "peer"))
+        new = {name(row): row | {"commit": run["commit"]} for row in run["rows"]}
+        rows = [new.pop(name(row), row) for row in before[kind]["rows"]]
+        run = before[kind] | {"rows": rows + list(new.values())}
+    (FOLDER / "results.json").write_text(json.dumps(before | {kind: run}, indent=1) + "\n")
     write_page()
