@@ -160,7 +160,7 @@ def declare(E):
     E.choose_by("metrics.accuracy", of=[main], **held_out | dict(model=base))
     E.read("kept", what_is_kept, main, base, apart["data"], of=[main])
     same = dict(at=(main, "lr"))
-    pruner("no-shots", "--easy-only", "--no-shot-stage", **same)
+    pruner("no-shots", "--easy-only", "--no-shot-stage", budgets=s.budgets, **same)
     pruner("no-tokens", "--easy-only", "--no-token-stage", budgets=s.budgets[-2:], **same)
     pruner("no-filter", **same)
     pruner("loss-alone", "--no-accuracy", **same)
@@ -180,7 +180,7 @@ def draw(results, stem):
     curves = [
         {f"{cell['name']}@{name[2:]}": value for name, value in cell["metrics"].items() if name[:2] == "at"}
         for cell in results["cells"]
-        if cell["name"] in (*BASELINES, "pruner")
+        if cell["name"] in (*BASELINES, "pruner", "no-shots")
     ]
     plots.best_of_n(curves, f"{stem}_budgets.svg", "tokens of the shots")
     plots.over_steps(results["extra"]["training"], TRACKED, f"{stem}_training.svg")

@@ -111,8 +111,8 @@ def write_page():
 
 
 def write_results(kind, run, part=False):
-    """Put the run of a kind of device in the place of the one before, and make the page anew. part: the rows of
-    this run replace those of the same name, or stand behind the others; each says its commit."""
+    """Put the run of a kind of device in the place of the one before, and make the page anew. part: the rows
+    of this run replace those of the same name, or stand behind the others; each says its commit."""
     before = read_results()
     if part and kind in before:
         name = lambda row: tuple(row[key] for key in ("work", "model", "shape", "peer"))
