@@ -29,7 +29,7 @@ def test_every_row_of_steps_and_generation_runs_and_prints():
     ]
     if TRL:
         results += bench.grpo_row("tiny", CPU, 1, B=2, K=4, P=6, new=5)
-    assert len(results) == 2 + 3 + len(TRL) + 3 + 1 + 1 + 1 + len(TRL)
+    assert len(results) == 2 + 1 + 3 + len(TRL) + 3 + 1 + 1 + 1 + len(TRL)
     for result in json.loads(json.dumps(results)):
         ratio = result["theirs"][0] / result["ours"][0]
         assert result["ratio"] == [ratio] * 3 and ratio > 0

@@ -113,7 +113,7 @@ def sft_row(model, device, rounds, *, rows):
         "SFT",
         model,
         lengths,
-        ["transformers"],
+        ["transformers"] if model.endswith(WITH_TOWER) else ["padded", "transformers"],
         device,
         rounds,
         rows=rows,
