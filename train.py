@@ -170,6 +170,13 @@ def main(config):
     model, tokenizer, reader = load_start(config, init, folder, device)
     rows, held_out_rows, graded, left_out = task.rows(config, model, tokenizer, reader)
     check_pictures([rows, held_out_rows], reader, config.samples or config.data)
+    none = config.train == "projector" and next((row for row in rows if not row.images), None)
+    check(
+        not none,
+        "--train",
+        config.train,
+        f"with it, rows that all have pictures; {none and none.problem_id!r} has none",
+    )
     if config.peek:
         peek(tokenizer, [[row] for row in rows[: config.peek]])
     n_rows = config.steps * config.batch_size or int(config.epochs * len(rows))

@@ -82,7 +82,9 @@ class LoopConfig(Flags):
         "model", "float32", "bfloat16 = autocast; weights stay float32"
     )
     compile: bool = COMPILE
-    shard: bool = flag("model", False, "torchrun: each rank trains a part (FSDP2), a whole copy samples")
+    shard: bool = flag(
+        "model", False, "torchrun: a rank trains a part (FSDP2), and samples with a copy of all"
+    )
     checkpoint_activations: bool = flag(
         "model", False, "keep each layer's input alone and compute it again in backward"
     )

@@ -19,14 +19,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from minicot.errors import InputError
 
 TIMEOUT = timedelta(minutes=30)  # a rank that waits longer for the others ends the run
-LOST = "closed by peer|reset by peer|Broken pipe|[Tt]imed? ?out|NCCL|remote process"
+EYES = "multi_modal_projector.", "vision_tower."  # what a picture alone reaches
+LOST = "closed by peer|reset by peer|Broken pipe|[Tt]imed? ?out|remote process|connection closed"
 
 
 def rank():
@@ -94,10 +95,10 @@ def joined():
     except RuntimeError as error:  # what another process ended of has been said by that one
         if not re.search(LOST, str(error)):
             raise
-        reason = str(error).splitlines()[0]
+        reason, minutes = str(error).splitlines()[0], round(TIMEOUT.total_seconds() / 60)
         say_once(
-            f"error: another process ended, or did not answer for {TIMEOUT} ({reason}); where it says "
-            "nothing itself it was killed, often for memory; allowed: --resume, from the last checkpoint"
+            f"error: another process ended, or did not answer for {minutes} minutes ({reason}); where it "
+            "says nothing itself it was killed, often for memory; training goes on with --resume"
         )
         raise SystemExit(2) from None
     finally:
@@ -186,17 +187,16 @@ def wrap(model, forward, config):
     if not config.shard:
         where = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
         return DistributedDataParallel(module, device_ids=where, find_unused_parameters=sees(model))
+    looks = any(p.requires_grad and name.startswith(EYES) for name, p in model.named_parameters())
+    if looks and not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise InputError(f"--shard with --train all needs torch 2.13, this is {torch.__version__}")
     narrow = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     policy = narrow if config.dtype == "bfloat16" else MixedPrecisionPolicy()
     mesh = dist.init_device_mesh(next(model.parameters()).device.type, (size(),))
     for block in language_of(model).layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     module = fully_shard(module, mesh=mesh, mp_policy=policy)
-    if sees(model):
-        if not hasattr(module, "set_reduce_scatter_unused_params"):
-            raise InputError(
-                f"--shard of a model that sees needs torch 2.13 or newer, this is {torch.__version__}"
-            )
+    if looks:
         module.set_reduce_scatter_unused_params(True)
     return module
 
@@ -207,14 +207,18 @@ def sees(model):
 
 
 def drop_unused(model):
-    """The gradients of a sharded model's eyes where no rank has seen a picture: FSDP2 makes zeros of them,
-    which AdamW's momentum would go on with. One process has none then, and leaves these parameters alone."""
+    """Let go of the gradients of a sharded model's eyes where no rank has seen a picture: FSDP2 makes zeros
+    of them, which AdamW's momentum would go on with. One process has none then, and leaves these parameters
+    alone."""
     if not sees(model) or not isinstance(next(model.parameters()), DTensor):
         return
-    named = ((name, p) for name, p in model.named_parameters() if p.grad is not None)
-    eyes = [p for name, p in named if not name.startswith("language_model.")]
-    (used,) = total(sum(p.grad.to_local().count_nonzero().item() for p in eyes))
-    for parameter in eyes if not used else ():
+    eyes, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            (eyes if name.startswith(EYES) else others).append(parameter)
+    count = lambda parameters: sum(p.grad.to_local().count_nonzero() for p in parameters)
+    seen, used = total(count(eyes), count(others))
+    for parameter in eyes if used and not seen else ():
         parameter.grad = None
 
 

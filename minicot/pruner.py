@@ -29,7 +29,7 @@ Against the published modules (HuangOwen/CoT-Influx, modeling_skim_predictor.py)
   back "A:" and line breaks that were dropped. Here the layout of a shot ("Q:", line break and "A:", the last
   empty line) is forced, and nothing is repaired. Forced tokens have no log pi, as nothing was chosen.
 - One shot is kept at least, as there (which draws again until one is). log pi is that of the drawn actions:
-  given that one is kept it is less by a number that a question's repeats share, and the baseline takes away.
+  given that one is kept it is more by a number that a question's repeats share, and the baseline takes away.
 - Pruning is deterministic and never exceeds the budget (`choose`); there it is one more sampled pass, whose
   given targets are ignored.
 - The encoder is the LM itself or another folder with its own tokenizer, not BERT-large. `--see-question` lets
@@ -118,6 +118,8 @@ def sample_actions(z_shot, z_token, repeats, generator):
     Shots are drawn given that one is kept, at least: the first that is kept is i with a probability in
     proportion to P(keep i) prod_{j<i} P(drop j), those behind it are drawn freely. (Drawing again until one
     is kept, as published, has the same law, but does not end where all P are small.)"""
+    if not (z_shot.isfinite().all() and z_token.isfinite().all()):
+        raise InputError("the pruner's log-odds are not finite; a lower --lr is the usual remedy")
     device, (z_shot, z_token) = z_shot.device, (z.detach().cpu().double() for z in (z_shot, z_token))
     draw = lambda z: torch.rand(repeats, *z.shape, generator=generator, dtype=torch.float64) < z.sigmoid()
     dropped = F.logsigmoid(-z_shot)
@@ -307,8 +309,9 @@ def choose(p_shot, p_token, ids, budget, size, decode):
     Without a shot stage step 2 has all shots; without a token stage (p_token None) the shots of step 1 that
     fit whole are kept. The published `fix_forward` has counts of shots and tokens in the budget's place, and
     is not called."""
-    sizes, taken = [size(decode(one)) for one in ids], range(len(ids))
-    if p_shot:
+    taken = range(len(ids))
+    if p_shot is not None:
+        sizes = [size(decode(one)) for one in ids]
         order = sorted(taken, key=lambda i: -p_shot[i])
         likely = [i for i in order if p_shot[i] >= 0.5] or order[:1]
         if p_token is None:

@@ -251,6 +251,7 @@ class Run:
         if ends or (config.save_every and step % config.save_every < together and step < last):
             save_checkpoint(self.out, step, model, optimizer)
         if ends:
+            largest(0)  # none leaves before rank 0 has written: torchrun would end it soon
             name = f" by {signal.Signals(self.signal).name}" if self.signal else ""
             print(f"stopped{name} after step {step}; go on with --resume", flush=True)
             raise SystemExit(128 + self.signal if self.signal else 0)

@@ -254,8 +254,8 @@ class Rates:
 
     roll_out(prefixes) -> for each the texts that go on from it, or the InputError that says why there are
     none, as chat.many does. A prefix is rolled out once, whoever asks for it again: `known` is the cache,
-    `counts` say what was done. One that does not end counts by the answer that it has come to, and as wrong
-    where there is none."""
+    `counts` say what was done. A rollout that does not end counts by the answer that it has come to, and as
+    wrong where there is none."""
 
     def __init__(self, roll_out, *, style="dagger"):
         self.roll_out, self.style, self.known, self.counts = roll_out, style, {}, Counter()

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from minicot.errors import InputError
-from minicot.parallel import drop_unused, size, whole
+from minicot.parallel import EYES, drop_unused, size, whole
 
 ROOT = Path(__file__).parent.parent
 PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense, from the vendor's data sheets
@@ -78,11 +78,9 @@ def lr_at(step, total, peak, warmup):
 def train_only(model, part):
     """Freeze what is not trained: "projector", "language" (the language model) or "all"."""
     for name, parameter in model.named_parameters():
-        inside = {
-            "projector": name.startswith("multi_modal_projector."),
-            "all": True,
-            "language": not name.startswith(("multi_modal_projector.", "vision_tower.")),
-        }[part]
+        inside = {"projector": name.startswith(EYES[0]), "all": True, "language": not name.startswith(EYES)}[
+            part
+        ]
         parameter.requires_grad_(parameter.requires_grad and inside)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(f"--train is {part!r}, which this model does not have; allowed: language, all")
@@ -120,7 +118,8 @@ def set_lr(optimizer, step, total, warmup):
 
 
 def clip_gradients(model, largest):
-    """Scale the gradients down to a total norm of `largest` (0 = never); returns the norm before."""
+    """Scale the gradients down to a total norm of `largest` (0 = never), without those that no row has
+    reached (parallel.drop_unused); returns the norm before."""
     drop_unused(model)
     return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf)).item()
 

@@ -169,7 +169,7 @@ def test_the_losses_of_gold_answers_by_hand(text, tmp_path):
     problems = [Problem("with", *told, shots=[shot]), Problem("without", *told, shots=[])]
     write_jsonl(tmp_path / "rows.jsonl", map(fields_of, problems))
     out = tmp_path / "out.json"
-    cot_max_text.losses(out, tmp_path / "rows.jsonl", tmp_path / "rows.jsonl", base, seed=0)
+    cot_max_text.losses(out, tmp_path / "rows.jsonl", tmp_path / "rows.jsonl", base, "float32", seed=0)
     found, tokenizer, model = json.loads(out.read_text()), Tokenizer(base), load_model(base)
     for name, mode in (("nll", "direct"), ("solved", "plain")):
         for problem, loss in zip(problems, found[name], strict=True):

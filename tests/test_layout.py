@@ -130,10 +130,10 @@ def test_files_stay_within_their_budgets():
     total = sum(map(statements, core)) + sum(
         statements(ROOT / name) for name in SCRIPTS if (ROOT / name).exists()
     )
-    assert total <= 5125, total
+    assert total <= 5135, total
     assert sum(map(statements, sources(mme_cot))) <= 690
     assert sum(map(statements, sources(toy))) <= 1085
-    assert sum(map(statements, sources(recipes))) <= 1405
+    assert sum(map(statements, sources(recipes))) <= 1410
 
 
 def test_the_template_can_be_read():

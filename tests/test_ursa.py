@@ -46,6 +46,8 @@ def test_the_recipe_declares_what_its_claims_name(tmp_path, monkeypatch):
     assert 3 <= sum(claim["id"].endswith("*") for claim in ursa.CLAIMS + ursa_grpo.CLAIMS) <= 5
     rows = [json.loads(line) for line in (ursa.E.root / "expand.jsonl").read_text().splitlines()]
     assert 20 < len(rows) < 40  # a quarter of the teacher's answers is wrong, most of these are dropped
+    others = [json.loads(line)["id"] for line in (ursa.E.root / "rewrite.jsonl").read_text().splitlines()]
+    assert len(others) > 20 and not {row["id"] for row in rows} & set(others)
     assert all(row["solution"].startswith("Step 1: ") and "†Answer: " in row["solution"] for row in rows)
 
 
@@ -238,7 +240,8 @@ def test_all_arms_start_from_ursas_models_in_ursas_folder(declared):
 def test_habits_by_hand(tmp_path):
     def one(correct, scores, n):
         mean = {"prm": sum(scores) / len(scores)}
-        return Response("x", correct, ids=[7] * n, scores=mean, step_scores={"prm": scores})
+        how = dict(answer="1" if correct else None, scores=mean, step_scores={"prm": scores})
+        return Response("x", correct, ids=[7] * n, **how)
 
     steady, falling = [0.9, 0.8], [0.9, 0.6]
     pool = [one(True, steady, 10), one(True, falling, 20), one(False, falling, 40), one(False, steady, 50)]
@@ -249,7 +252,7 @@ def test_habits_by_hand(tmp_path):
         "prm": [0.8, 0.8],
         "length": [30.0, 45.0],
         "drops": [[1, 2], [0, 0]],
-        "form": [0.0, 0.0],
+        "form": [0.5, 0.0],
     }
 
 

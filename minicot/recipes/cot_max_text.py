@@ -4,7 +4,7 @@
     python -m minicot.recipes.cot_max_text --init LM --data gsm8k:PATH --name cot_max_text \\
         --others addsub:FILE multiarith:FILE svamp:FILE singleeq:FILE                    # a CPU
     ... --device cuda --dtype bfloat16 --set answers=1 each=1000 steps=1000 repeats=10 k=16 \\
-        target=512 budgets=512                 # a run for each budget: accuracy against budget
+        target=512 budgets=512 --name cot_max_text_512        # a run for each budget, without claims
 
 The pool of shots is the first of --splits, the pruner's questions the second. Every way fills the same budget
 from the same pool; what is read is the loss of the gold answer that follows, of --others the bare answer and
@@ -56,15 +56,15 @@ COLUMNS = {
     "model": {
         "gold answers, nats a token": "{nll256:.3f}",
         "worked solutions": "{solved256:.3f}",
-        "accuracy at 256, 512, 1,024, 2,048": "{at256:.1%}, {at512:.1%}, {at1024:.1%}, {at2048:.1%}",
+        **{f"accuracy at {budget:,}": f"{{at{budget}:.1%}}" for budget in (256, 512, 1024, 2048)},
     }
 }
 
 
-def losses(out, answered, solved, base, *, seed):
+def losses(out, answered, solved, base, dtype, *, seed):
     """{"nll": of each gold answer, "solved": of each worked solution}: mean nats a token under the LM."""
-    dtype, tokenizer, found = getattr(torch, E.args.dtype), Tokenizer(base), {}
-    model = load_model(base, device=E.args.device, dtype=dtype)
+    model = load_model(base, device=E.args.device, dtype=getattr(torch, dtype))
+    tokenizer, found = Tokenizer(base), {}
     for name, data, mode in (("nll", answered, "direct"), ("solved", solved, "plain")):
         how = dict(style="hash", max_new_tokens=1, batch_size=8, accuracy=False)
         judge = judge_by(model, tokenizer, mode=mode, **how)
@@ -98,7 +98,7 @@ def declare(E):
                 for part, data in tested.items()
             ]  # fmt: skip
             take = {f"nll{budget}": "nll", f"solved{budget}": "solved"}
-            E.read(f"losses-{budget}", losses, *cut, E.init, of=[model], take=take)
+            E.read(f"losses-{budget}", losses, *cut, E.init, E.args.dtype, of=[model], take=take)
             if s.answers:
                 flags = dict(model=E.init, data=cut[0], style="hash", max_new_tokens=256)
                 E.read(f"at{budget}", of=[model], take={f"at{budget}": "correct"}, mode="plain", **flags)

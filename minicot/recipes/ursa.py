@@ -14,10 +14,10 @@ model and of another (SFT on other problems, whose chains the teacher rewrites i
 A chain's score by a PRM is the mean of its steps' (the paper's), or their least, last or product. Controls:
 majority, the shortest chain, chains of one length, the log-ratio of DPO on the same samples. The step oracle
 says how right labels and step scores are (ursa_labels.py); it also calls a number wrong that is read wrongly
-and not needed, which rollouts rescue and no misreading touches: labels can not reach 100 %.
+and not needed, which rollouts rescue and no misreading touches: labels cannot reach 100 %.
 
-Differs from the paper: 8 chains and 8 rollouts, not 16 (the temperature, 0.3, is its own); a misreading is
-written anew from the scene, and alters a number by 1 to 3, where the paper swaps confusable facts in a
+Differs from the paper: 8 chains and 8 rollouts, not 16 (the temperature, 0.3, is the paper's); a misreading
+is written anew from the scene, and alters a number by 1 to 3, where the paper swaps confusable facts in a
 model's chain; the head is read at the end of a step's line, no marker is added; the oracle stands in for
 people.
 """
@@ -68,8 +68,8 @@ SOURCES = {"prm": "both", "prm-no-bel": "mie", "prm-no-mie": "bel", "orm": "both
 # step scores, vote (by the mean), the shortest; "other ...": among another model's; first_error: how often
 # the first step below 1/2 is the first wrong one; steps: how often a score is on the oracle's side of 1/2;
 # matched: of a right and a wrong chain of as many tokens, how often the right one scores higher; bel_cost:
-# the share of the prefixes that are rolled out. Written down before the run. The interval of 3 seeds x 1,000
-# problems is about 1.5 points to each side.
+# the share of the prefixes that are rolled out. DPO's vote weighs exp(0.1 r). Written down before the run.
+# The interval of 3 seeds x 1,000 problems is about 1.5 points to each side.
 CLAIMS = claims("""
 a1*|mean@32       |prm       |prm/majority@32|up  |PRM best-of-n beats majority
 a2 |majority@32   |prm       |sft/greedy     |up  |majority beats the greedy answer
@@ -154,10 +154,8 @@ def all_curves(out, scored, *, seed):
 def best_score(out, scored, *, seed):
     """{"score": the accuracy of the best of all samples, of DPO of the vote}, which chooses a rate."""
     found = chosen_among(scored)
-    way = "mean" if "mean@1" in found else "vote"
-    values = found[
-        max((name for name in found if name.startswith(f"{way}@")), key=lambda name: int(name[5:]))
-    ]
+    n = max(int(name.partition("@")[2]) for name in found)
+    values = found.get(f"mean@{n}") or found[f"vote@{n}"]
     write_json(out, {"score": sum(values) / len(values)})
 
 
@@ -206,7 +204,8 @@ def declare(E):
     chains = [E.samples("test-samples", model, n=s.n, **tested) for model in (sft, other)]
 
     def ranks(model, **how):
-        """Its rate is chosen by the best of the validation samples; it ranks those of both models."""
+        """Its rate is chosen by the best of the validation samples, of DPO by the vote (best_score); it ranks
+        the test samples of both models."""
         scored = [
             E.samples(name, model, verifier=model, samples=of, **how)
             for name, of in zip(("validation-scored", "scored", "scored-other"), (held_out, *chains))

@@ -42,9 +42,11 @@ def label_by_rollouts(out, samples, model, *, seed):
 
 
 def misread(out, samples, *, seed):
-    """MIE: the teacher's misreadings of each problem's first MISREAD right responses."""
-    right = [(one, [r for r in one.responses if r.correct][:MISREAD]) for one in read_samples(samples)]
-    problems = [replace(one.problem, solution=r.text) for one, responses in right for r in responses]
+    """MIE: the teacher's misreadings of each problem's first MISREAD distinct right responses."""
+    problems = []
+    for one in read_samples(samples):
+        texts = dict.fromkeys(r.text for r in one.responses if r.correct)
+        problems += [replace(one.problem, solution=text) for text in [*texts][:MISREAD]]
     chat = teacher.chat("misinterpret", [vars(problem) for problem in problems], seed=seed)
     made = list(synthesise(problems, "misinterpret", chat))
     print(f"{out}: {describe_failures(made)}")

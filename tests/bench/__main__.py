@@ -1,7 +1,8 @@
 """Speed and memory beside peers: python -m tests.bench [cpu|cuda] [--only REGEX] [--rounds N] [--minutes M]
 [--write]
 
-Prints one Markdown table; a whole run with --write also becomes results.json and README.md beside this file.
+Prints one Markdown table; with --write it also becomes results.json and README.md beside this file: a whole
+run, or with --only the rows of that name, beside those of a run before on the same machine.
 That page says what is raced and how to read it, sides.py what each side computes. On CUDA the rows come in
 the order of their worth (WORTH), so that --minutes 20 measures what matters most; rows left out are named.
 
@@ -352,7 +353,7 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="minicot's layers compiled, as by --compile")
     parser.add_argument("--minutes", type=float, default=0, help="begin no row after so long (0 = no limit)")
-    parser.add_argument("--write", action="store_true", help="keep a whole run: results.json and README.md")
+    parser.add_argument("--write", action="store_true", help="keep it: results.json and README.md")
     parser.add_argument("--page", action="store_true", help="make README.md from results.json, run nothing")
     args = parser.parse_args(argv)
     if args.write and args.only and args.device not in page.read_results():
@@ -372,6 +373,11 @@ def main(argv=None):
         print("\n".join(row[0] for row in named))
         return
     run = about(args.device, args.rounds) | {"rows": []}
+    if args.write and args.only:
+        kept = page.read_results()[args.device]
+        for key in ("device", "dtype", "versions"):
+            if run[key] != kept[key]:
+                parser.error(f"{key} is {run[key]}, of the run that is there {kept[key]}; allowed: the same")
     if args.minutes:
         run["command"] += f" --minutes {args.minutes:g}"
     run["command"] += " --compile" * args.compile
@@ -389,8 +395,9 @@ def main(argv=None):
             for result in function(*first, device, args.rounds, **other):
                 print(page.line(result), flush=True)
                 run["rows"].append(result)
-        except (RuntimeError, AssertionError, subprocess.CalledProcessError) as error:
-            # out of memory, sides that do not agree, or a child that says itself what is wrong
+        except subprocess.CalledProcessError as error:  # a child, which has said itself what is wrong
+            failed.append(f"{name} (a process of its own ended with {error.returncode})")
+        except (RuntimeError, AssertionError) as error:  # out of memory, or sides that do not agree
             failed.append(f"{name} ({(str(error) or type(error).__name__).splitlines()[0]})")
     late = f"Not measured, as {args.minutes:g} minutes were over"
     notes = [f"{why}: {'; '.join(names)}." for why, names in (("Failed", failed), (late, left_out)) if names]

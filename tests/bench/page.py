@@ -17,9 +17,9 @@ HEADER = (
 TITLE = """# Speed and memory beside peers
 
 Made from `results.json` by `python -m tests.bench --page`; `python -m tests.bench cpu --write` (or `cuda`)
-measures anew and writes both; `cuda --minutes 20` the rows of most worth, as far as that goes; `--compile`
-compiles minicot's layers. TRL needs `pip install -r tests/bench/requirements.txt`. What a 7B run costs, on
-paper: [PROJECTION.md](PROJECTION.md).
+measures anew and writes both, with `--only ROWS` those rows alone; `cuda --minutes 20` the rows of most
+worth, as far as that goes; `--compile` compiles minicot's layers. TRL needs `pip install -r
+tests/bench/requirements.txt`. What a 7B run costs, on paper: [PROJECTION.md](PROJECTION.md).
 
 A row races minicot against a peer on the same weights and the same batch. All sides take turns in one process
 (A B C A B C ...), so that a noisy machine hits all of them, and their losses and gradients are checked to
@@ -114,10 +114,10 @@ def write_results(kind, run, part=False):
     """Put the run of a kind of device in the place of the one before, and make the page anew. part: the rows
     of this run replace those of the same name, or stand behind the others; each says its commit."""
     before = read_results()
-    if part and kind in before:
+    if part:
         name = lambda row: tuple(row[key] for key in ("work", "model", "shape", "peer"))
         new = {name(row): row | {"commit": run["commit"]} for row in run["rows"]}
         rows = [new.pop(name(row), row) for row in before[kind]["rows"]]
-        run = before[kind] | {"rows": rows + list(new.values())}
+        run = {**run, **before[kind], "rows": rows + list(new.values())}
     (FOLDER / "results.json").write_text(json.dumps(before | {kind: run}, indent=1) + "\n")
     write_page()
