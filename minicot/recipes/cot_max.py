@@ -158,9 +158,10 @@ def declare(E):
     main = pruner("pruner", "--easy-only", budgets=s.budgets, grid=dict(lr=s.lrs))
     held_out = apart | dict(data=cut("validation", main, s.target, data=apart["data"], pruner=main))
     E.choose_by("metrics.accuracy", of=[main], **held_out | dict(model=base))
-    E.read("kept", what_is_kept, main, base, apart["data"], of=[main])
     same = dict(at=(main, "lr"))
-    pruner("no-shots", "--easy-only", "--no-shot-stage", budgets=s.budgets, **same)
+    alone = pruner("no-shots", "--easy-only", "--no-shot-stage", budgets=s.budgets, **same)
+    for one in (main, alone):
+        E.read("kept", what_is_kept, one, base, apart["data"], of=[one])
     pruner("no-tokens", "--easy-only", "--no-token-stage", budgets=s.budgets[-2:], **same)
     pruner("no-filter", **same)
     pruner("loss-alone", "--no-accuracy", **same)
