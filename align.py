@@ -13,7 +13,9 @@ B groups (problems), K responses of the largest, N rows (all responses), T token
 import os
 import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep, not spin
+os.environ.setdefault(
+    "GOMP_SPINCOUNT", "1000"
+)  # before torch loads: waiting threads spin briefly, then sleep
 
 from dataclasses import dataclass, replace
 from functools import partial

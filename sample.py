@@ -17,7 +17,9 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep, not spin
+os.environ.setdefault(
+    "GOMP_SPINCOUNT", "1000"
+)  # before torch loads: waiting threads spin briefly, then sleep
 
 import dataclasses
 import itertools

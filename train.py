@@ -11,7 +11,9 @@ Of a reward model: mean over the batch's responses of losses.prm_loss at the end
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep, not spin
+os.environ.setdefault(
+    "GOMP_SPINCOUNT", "1000"
+)  # before torch loads: waiting threads spin briefly, then sleep
 
 from collections import Counter
 from functools import partial

@@ -187,19 +187,21 @@ def test_score_takes_the_path_that_the_rule_picks(shape, tokens, monkeypatch):
 
 
 TABLE = [  # (B, K, P, R) of the toy with 1M parameters, and which path was the faster: 2 threads, in turns
-    ((1, 2, 64, 128), False),  # packed 0.94x and 0.99x
+    ((1, 2, 64, 128), False),  # packed 0.94 to 1.02x
     ((4, 2, 16, 128), False),  # 1.00x
-    ((2, 2, 64, 128), True),  # 1.00x
+    ((2, 2, 64, 128), True),  # 1.03x
     ((4, 2, 64, 128), True),  # 1.06x
-    ((8, 2, 64, 128), True),  # 1.10x
-    ((4, 2, 32, 64), True),  # 1.02x
-    ((1, 2, 128, 128), True),  # 1.06x
-    ((4, 2, 64, 64), True),  # 1.16x
-    ((4, 4, 32, 96), True),  # 1.13x
+    ((8, 2, 64, 128), True),  # 1.15x
+    ((4, 2, 32, 64), True),  # 1.05x
+    ((1, 2, 128, 128), True),  # 1.09x
+    ((4, 2, 64, 64), True),  # 1.14x
+    ((4, 4, 32, 96), True),  # 1.08x
     ((2, 8, 32, 64), True),  # 1.24x
-    ((4, 2, 512, 128), True),  # 1.39x in the bench, as the two below
-    ((2, 8, 512, 128), True),  # 2.44x
-    ((2, 8, 1024, 128), True),  # 3.40x
+    ((1, 2, 512, 128), True),  # 1.37x
+    ((2, 8, 64, 128), True),  # 1.24x
+    ((4, 2, 512, 128), True),  # 1.4x in the bench, as the two below
+    ((2, 8, 512, 128), True),  # 2.4x
+    ((2, 8, 1024, 128), True),  # 3.4x
 ]
 
 

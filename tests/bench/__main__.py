@@ -14,7 +14,7 @@ P prompt tokens   R response tokens   K responses a prompt   n samples a prompt 
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the scripts do it
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do it
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import argparse
