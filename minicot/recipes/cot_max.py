@@ -2,7 +2,7 @@
 2312.08901), in a world of made-up units: which worked examples, and which of their words, a budget is spent
 on.
 
-    python -m minicot.recipes.cot_max             # 3 seeds
+    python -m minicot.recipes.cot_max             # 3 seeds, three hours on two cores
     python -m minicot.recipes.cot_max --fast      # a small part of the work, one seed
 
 The path: a base that uses its shots (toy/shots.py says why it needs them) -> a pruner of shots and tokens,
