@@ -3,7 +3,7 @@
 on.
 
     python -m minicot.recipes.cot_max             # 3 seeds, three hours on two cores
-    python -m minicot.recipes.cot_max --fast      # a small part of the work, one seed, nine minutes of one core
+    python -m minicot.recipes.cot_max --fast      # a small part, one seed, nine minutes of one core
 
 The path: a base that uses its shots (toy/shots.py says why it needs them) -> a pruner of shots and tokens,
 by REINFORCE, for T tokens -> test problems with their candidate shots cut down to a budget by it and by the
