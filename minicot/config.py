@@ -161,7 +161,7 @@ class AlignConfig(LoopConfig):
         LOOP["data"], "", "problems to sample and to hold out (default: toy, or none with --samples)"
     )
     split: str = changed(LOOP["split"], "train", "split to sample")
-    limit: int = changed(LOOP["limit"], 4000, "problems to sample (0 = all; --samples are used whole)")
+    limit: int = changed(LOOP["limit"], 8000, "problems to sample (0 = all; --samples are used whole)")
     samples: str = flag("data", "", "samples.jsonl, or {prompt, chosen, rejected} rows (default: sample now)")
     k: int = flag("data", 4, "responses a problem when sampling", least=2, most=10**4)
     temperature: float = flag("data", 1.0, "of the sampling", above=0)
