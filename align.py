@@ -13,9 +13,8 @@ B groups (problems), K responses of the largest, N rows (all responses), T token
 import os
 import time
 
-os.environ.setdefault(
-    "GOMP_SPINCOUNT", "1000"
-)  # before torch loads: waiting threads spin briefly, then sleep
+# before torch loads: waiting threads spin briefly, then sleep (tests/bench/README.md says what it is worth)
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from dataclasses import dataclass, replace
 from functools import partial

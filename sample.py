@@ -17,9 +17,8 @@
 
 import os
 
-os.environ.setdefault(
-    "GOMP_SPINCOUNT", "1000"
-)  # before torch loads: waiting threads spin briefly, then sleep
+# before torch loads: waiting threads spin briefly, then sleep (tests/bench/README.md says what it is worth)
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import dataclasses
 import itertools

@@ -26,7 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from minicot.errors import InputError
 
 TIMEOUT = timedelta(minutes=30)  # a rank that waits longer for the others ends the run
-EYES = "multi_modal_projector.", "vision_tower."  # what a picture alone reaches
+PROJECTOR = "multi_modal_projector."
+EYES = PROJECTOR, "vision_tower."  # parameters that a picture alone reaches
 LOST = "closed by peer|reset by peer|Broken pipe|[Tt]imed? ?out|remote process|connection closed"
 
 
@@ -61,7 +62,8 @@ def quiet():
 @contextmanager
 def joined():
     """Within the block this process is one of torchrun's; yields a function that says a last word on stderr
-    unless another rank has said its own: of what all ranks find wrong a person reads one line."""
+    unless another rank has said its own: of what all ranks find wrong, or of one that is lost, a person reads
+    one line."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield to_stderr
         return
@@ -92,7 +94,7 @@ def joined():
         yield say_once
         dist.barrier()  # rank 0 may still be writing: none leaves before it is done
         dist.destroy_process_group()
-    except RuntimeError as error:  # what another process ended of has been said by that one
+    except RuntimeError as error:  # of a lost process: what ended it, it has said itself
         if not re.search(LOST, str(error)):
             raise
         reason, minutes = str(error).splitlines()[0], round(TIMEOUT.total_seconds() / 60)

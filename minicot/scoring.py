@@ -37,10 +37,9 @@ from minicot.model import attend
 CHUNK = 2**26  # logits in memory at once: 256 MiB in float32
 BLOCK = 128  # FlexAttention's blocks of queries and of keys
 SPARED = 1 / 8  # CUDA: least share of the tokens that packing has to spare
-GATHER = 10  # CPU: multiplications in the time of a number gathered,
-FIXED = (
-    10**7
-)  # and in what packing costs a layer in any case: fitted to toy steps, 2 threads (tests/test_scoring.py)
+# CPU, fitted to toy steps on 2 threads (tests/test_scoring.py): multiplications in the time
+GATHER = 10  # of a number gathered
+FIXED = 10**7  # of what packing costs a layer in any case
 MASK = 2**24  # entries of the mask in memory at once: 16 MiB each of a few bool tensors
 
 

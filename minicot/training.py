@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from minicot.errors import InputError
-from minicot.parallel import EYES, drop_unused, size, whole
+from minicot.parallel import EYES, PROJECTOR, drop_unused, size, whole
 
 ROOT = Path(__file__).parent.parent
 PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense, from the vendor's data sheets
@@ -78,9 +78,11 @@ def lr_at(step, total, peak, warmup):
 def train_only(model, part):
     """Freeze what is not trained: "projector", "language" (the language model) or "all"."""
     for name, parameter in model.named_parameters():
-        inside = {"projector": name.startswith(EYES[0]), "all": True, "language": not name.startswith(EYES)}[
-            part
-        ]
+        inside = {
+            "projector": name.startswith(PROJECTOR),
+            "all": True,
+            "language": not name.startswith(EYES),
+        }[part]
         parameter.requires_grad_(parameter.requires_grad and inside)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(f"--train is {part!r}, which this model does not have; allowed: language, all")

@@ -23,7 +23,7 @@ from minicot.records import read_samples
 from minicot.runs import checkpoints, write_jsonl
 from minicot.toy import pictures, problems
 from tests.helpers import assert_one_line_error, script
-from tests.test_align import groups, small_policy, write
+from tests.test_align import groups, lines, small_policy, write
 
 ROOT = Path(__file__).parent.parent
 CPU = ["--device", "cpu"]
@@ -119,7 +119,7 @@ def three(tmp_path_factory):
 
 def assert_same_run(a, b):
     """Losses and what is measured of each step, and the final weights, within 1e-6."""
-    logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (a, b)]
+    logs = [lines(folder, ".") for folder in (a, b)]
     assert len(logs[0]) == len(logs[1]) > 0
     for mine, its in zip(*logs):
         assert mine.keys() == its.keys()
@@ -171,11 +171,8 @@ def test_two_processes_go_on_sharded_with_the_checkpoint_of_one(one, two):
 
 
 def test_sharded_bfloat16_keeps_near_one_process(one, two):
-    logs = [
-        [json.loads(line)["loss"] for line in (f / "narrow" / "metrics.jsonl").read_text().splitlines()]
-        for f in (one, two[0])
-    ]
-    wide = [json.loads(line)["loss"] for line in (one / "sft" / "metrics.jsonl").read_text().splitlines()]
+    losses = lambda folder, name: [line["loss"] for line in lines(folder, name)]
+    logs, wide = [losses(folder, "narrow") for folder in (one, two[0])], losses(one, "sft")
     assert logs[1] == pytest.approx(logs[0], rel=1e-4)
     assert all(max(abs(a - b) for a, b in zip(log, wide)) > 2e-5 for log in logs)  # it is no float32
 

@@ -206,6 +206,10 @@ def test_the_tower_has_its_own_learning_rate(folder):
         "train.py", "--init", "toy", "--data", "toy", "--limit", 4, "--train", "projector", cwd=home
     )
     assert_one_line_error(done, "--train", "projector", "language, all")
+    done = script(
+        "train.py", "--init", "toy-vision", "--data", "toy", "--limit", 4, "--train", "projector", cwd=home
+    )
+    assert_one_line_error(done, "--train", "projector", "rows have no picture")
 
 
 def test_a_placeholder_becomes_n_tokens_and_a_picture_is_stored_once_a_group(vlm):

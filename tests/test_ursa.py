@@ -68,11 +68,8 @@ def test_a_reward_model_of_each_source_learns_a_right_response_for_two_wrong_one
         assert len({one.problem.id for one in made}) == len(made)
         texts[source] = {one.text for samples in made for one in samples.responses}
     of_right = lambda source: {text for text in texts[source] if text.startswith("right")}
-    assert [len(of_right(source)) for source in ("both", "bel", "mie")] == [
-        4,
-        2,
-        2,
-    ]  # of 9, 5 and 4 wrong ones
+    counts = [len(of_right(source)) for source in ("both", "bel", "mie")]
+    assert counts == [4, 2, 2]  # of 9, 5 and 4 wrong ones
     wrong = {name: {one.text for one in part[:5]} for name, part in (("bel", bel), ("mie", mie))}
     assert texts["bel"] - of_right("bel") == wrong["bel"] and texts["mie"] - of_right("mie") == wrong["mie"]
     assert texts["both"] - of_right("both") == wrong["bel"] | wrong["mie"]

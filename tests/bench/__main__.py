@@ -337,10 +337,9 @@ def about(kind, rounds):
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
         "dtype": "bfloat16 autocast (generation: bfloat16 weights)" if cuda else "float32",
         "versions": {
-            name: importlib.metadata.version(name).partition("+")[0]
-            if importlib.util.find_spec(name)
-            else None
+            name: found and importlib.metadata.version(name).partition("+")[0]
             for name in ("torch", "transformers", "trl")
+            for found in [importlib.util.find_spec(name)]
         },
     }
 
