@@ -409,6 +409,16 @@ def test_a_misreading_is_carried_on_by_arithmetic_that_holds(scenes):
         assert equations[-1][3] == extract_answer(text, "hash")
 
 
+def test_a_misreading_goes_further_where_no_small_one_stays_whole(scenes):
+    row = row_of(scene_of("table-1755-5"))  # half of half of a sum: 1 to 3 more or less are never whole
+    numbers = [q.value for q in read_from(scene_of(row))]
+    for seed in range(5):
+        steps = teacher.corrupt(row, random.Random(seed), "misread")["steps"]
+        read = [int(re.findall(r"\d+", step)[0]) for step in steps[: len(numbers)]]
+        [change] = [a - b for a, b in zip(read, numbers) if a != b]
+        assert change in (-12, -8, -4, 4, 8, 12, 16)
+
+
 def test_the_gold_answer_filter_rejects_a_part_of_what_a_noisy_teacher_says(scenes):
     rng, kept = random.Random(0), collections.defaultdict(list)
     for scene in scenes:
