@@ -135,6 +135,21 @@ def test_the_second_rounds_rejected_chains_are_the_wrong_ones_that_score_highest
     assert all(row["responses"][0]["correct"] for row in made)
 
 
+def test_a_quarter_of_the_pairs_and_thrice_as_many(tmp_path):
+    pool = [Response(f"{i}\n#### {i % 4}", i % 4 == 0, answer=str(i % 4)) for i in range(16)]
+    sampled = [Samples(Problem(name, "q"), pool) for name in "ab"]
+    write_jsonl(tmp_path / "samples", map(samples_to_row, sampled))
+    samples = tmp_path / "samples"
+    recipe.as_many_pairs(tmp_path / "own", samples, samples, "own", seed=1)
+    ranking.more_pairs(tmp_path / "more", samples, seed=1)
+    ranking.a_quarter(tmp_path / "few", tmp_path / "more", seed=1)
+    read = lambda name: [row for _, row in read_jsonl(tmp_path / name)]
+    texts = lambda name: {tuple(one["text"] for one in row["responses"]) for row in read(name)}
+    assert [len(read(name)) for name in ("few", "own", "more")] == [4, 6, 18]
+    assert texts("few") | texts("own") <= texts("more")  # the same, and more of them
+    assert len({row["id"] for row in read("more")}) == 18
+
+
 def test_generic_pairs_misread_one_number_of_the_picture(tmp_path):
     write_jsonl(tmp_path / "own", [{"id": str(i)} for i in range(9)])
     recipe.generic_pairs(tmp_path / "pairs", tmp_path / "own", seed=0)

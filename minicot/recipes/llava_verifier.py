@@ -6,8 +6,9 @@
 From the SFT model "both", which the recipe llava_reasoner leaves (or which is made there): DPO on its own
 chains, whole, at the rate and beta whose weighted vote answers most validation problems rightly. Then a
 second round from there, at the same setting: the rejected chains are the wrong ones that the first round's
-log-ratio puts highest. Each ranks n samples a test problem, drawn from "both" at temperature 0.7. Control: a
-model of as many generic pairs (what a picture shows).
+log-ratio puts highest. Each ranks n samples a test problem, drawn from "both" at temperature 0.7. Controls: a
+model of as many generic pairs (what a picture shows); a quarter of the pairs, and up to 9 a question for 3,
+each in one pass.
 
 A chain's score is made of its tokens' log-ratios to "both": their sum, their mean, or the sum after each is
 clipped to +-1. Score and weight of the vote (exp(beta r)) are chosen by the vote on validation problems too.
@@ -18,7 +19,7 @@ from dataclasses import replace
 
 from minicot import plots
 from minicot.answers import split_steps
-from minicot.data import distinct
+from minicot.data import distinct, pairs
 from minicot.metrics import mean_interval, paired_difference
 from minicot.recipes import llava_reasoner
 from minicot.recipes.experiment import Experiment
@@ -45,7 +46,7 @@ BETAS = (0.1, 0.3, 1, 3, 10, 30)  # of the vote
 WAYS = ("majority", "best", "best repeated", "vote", "pass")
 
 # Metrics: <way>@<n>: a way of choosing among n samples; greedy: one greedy answer. Written down before the
-# run. The interval of 3 seeds x 2,000 problems is about 1 point to each side.
+# run, h after that of the others. The interval of 3 seeds x 2,000 problems is about 1 point to each side.
 CLAIMS = claims("""
 e1*|vote@16         |dpo  |dpo/majority@16|up|weighted vote by the log-ratio beats majority
 e2 |best@16         |dpo  |dpo/majority@16|up|best-of-n by the log-ratio beats majority
@@ -56,6 +57,10 @@ e6 |vote@16         |dpo-2|dpo            |up|a second round on the highest wron
 e7 |best@16         |dpo-2|dpo            |up|... and best-of-n
 e8*|vote@16         |dpo  |dpo-generic    |up|own chains make a better verifier than generic pairs
 e9 |greedy          |dpo-2|dpo            |up|the second round lifts the greedy answer
+h1 |vote@16         |dpo  |dpo-quarter    |up|more pairs make a better verifier: all over a quarter, the vote
+h2 |best@16         |dpo  |dpo-quarter    |up|... and best-of-n
+h3 |vote@16         |dpo-thrice|dpo       |up|... up to 9 a question over 3, the vote
+h4 |best@16         |dpo-thrice|dpo       |up|... and best-of-n
 """)
 COLUMNS = {
     "model": {
@@ -86,6 +91,21 @@ def hardest_pairs(out, scored, *, seed):
             problem = replace(samples.problem, id=f"{samples.problem.id}/{i}")
             made.append(samples_to_row(replace(samples, problem=problem, responses=[chosen, rejected])))
     write_jsonl(out, made)
+
+
+def a_quarter(out, all_pairs, *, seed):
+    """A quarter of the pairs, drawn."""
+    rows = [row for _, row in read_jsonl(all_pairs)]
+    write_jsonl(out, random.Random(f"quarter {seed}").sample(rows, len(rows) // 4))
+
+
+def more_pairs(out, samples, *, seed):
+    """At most 9 pairs a question, of the same window."""
+    found = pairs(read_samples(samples), max_pairs=9, window=(0.25, 0.85), seed=seed)
+    numbered = (
+        replace(two, problem=replace(two.problem, id=f"{two.problem.id}/{i}")) for i, two in enumerate(found)
+    )
+    write_jsonl(out, map(samples_to_row, numbered))
 
 
 def scored_by(sampled, score):
@@ -169,8 +189,17 @@ def declare(E):
 
     own = E.file("pairs", llava_reasoner.as_many_pairs, drawn, drawn, "own")
     dpo, E.how, tested, ranked = align("dpo", both, own, grid)
-    align("dpo-2", dpo, E.file("hardest", hardest_pairs, ranked), dict(at=(dpo, "lr", "beta")))
+    same = dict(at=(dpo, "lr", "beta"))
+    align("dpo-2", dpo, E.file("hardest", hardest_pairs, ranked), same)
     align("dpo-generic", both, E.file("pairs-generic", llava_reasoner.generic_pairs, own), grid)
+    E.counted = {
+        "dpo-quarter": E.file("pairs-quarter", a_quarter, own),
+        "dpo": own,
+        "dpo-thrice": E.file("pairs-thrice", more_pairs, drawn),
+    }
+    for name, samples in E.counted.items():
+        if name != "dpo":
+            align(name, both, samples, same)
     E.wrong = E.file("wrong-chains", wrong_chains, tested)
     E.read("greedy", take={"greedy": "correct"}, **E.problems(E.test, s.test))
 
@@ -180,6 +209,10 @@ def extra(E):
     hows = [read_json(E.path(E.how, seed)) for seed in seeds]
     notes = [
         "Chosen for dpo: " + "; ".join(f"{how['by']}, vote's beta {how['beta']:g}" for how in hows) + "."
+    ]
+    count = lambda cell: [str(sum(1 for _ in read_jsonl(E.path(cell, seed)))) for seed in seeds]
+    notes += [
+        "Pairs: " + "; ".join(f"{name} {', '.join(count(E.counted[name]))}" for name in E.counted) + "."
     ]
     chains = [[row for _, row in read_jsonl(E.path(E.wrong, seed))] for seed in seeds]
     most = min(100, *map(len, chains))  # an interval takes as many of each seed
