@@ -624,6 +624,7 @@ def test_results_of_another_base_or_other_problems_are_of_another_world(toy, mon
 
 RECIPES = {"aft_main": aft, "aft_all": aft, "mme_cot": mme_cot}
 RECIPES |= {"llava_reasoner": llava_reasoner, "llava_verifier": llava_verifier}
+RECIPES |= {"llava_long": llava_reasoner}
 RECIPES |= {"cot_max": cot_max, "cot_max_text": cot_max_text}
 
 
@@ -660,7 +661,8 @@ def test_every_results_file_has_a_recipe_and_a_page():
 def test_committed_pages_and_verdicts_are_what_the_committed_numbers_give(name):
     """Every interval is computed again, and with it every table."""
     recipe, file = RECIPES[name], RESULTS / f"{name}.json"
-    recipe.E.parse(["--table", "--name", name])
+    other = {"llava_long": ["--data", "toy-pictures-long"]}
+    recipe.E.parse(["--table", "--name", name, *other.get(name, [])])
     found = read_results(file, recipe.E.world())
     assert judge_all(found, recipe.CLAIMS) == found["claims"]
     page = file.with_suffix(".md").read_text()

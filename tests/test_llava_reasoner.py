@@ -384,6 +384,19 @@ def test_the_diagnosis_prints_shares_and_differences():
     assert votes.count("| +0.0% [+0.0%, +0.0%] | +33.3% [") == 2  # at beta 30 the best response decides
 
 
+def test_how_early_a_rejected_chain_goes_wrong():
+    steps = list(TABLE["steps"])
+    said = lambda lines: Response("\n".join([*lines, "#### 99"]), False)
+    first, second = said(["Zoe has 99.", *steps[1:]]), said([steps[0], "Zoe has 99.", *steps[2:]])
+    right = Response(TABLE["solution"], True)
+    problem = Problem(f"{TABLE['id']}/0", "q")
+    pairs = [Samples(problem, [right, wrong]) for wrong in (first, second, right, said(steps))]
+    widths = 3, 2 + len(steps[0].split(" ")), 2 + len(steps[0].split(" ")) - 1
+    head, [row] = diagnose.cut_table(pairs, widths)
+    assert head == ("4 pairs, W", *widths)
+    assert row == ("wrong within W", "25.0%", "50.0%", "25.0%")  # a break is no blank: two words are one
+
+
 def test_a_line_break_counts_to_the_step_that_it_ends():
     tokens, ratios = ["Tom", " has", " 3", ".", "\n", "Ana", ".\n", "####"], [1, 1, 1, 1, 10, 100, 200, 5000]
     assert step_sums(tokens, ratios) == [14, 300, 5000]

@@ -3,6 +3,7 @@ wrong, what the verifier's scores order.
 
     python -m minicot.recipes.llava_diagnose                      # from cells in runs/recipes/llava_verifier
     python -m minicot.recipes.llava_diagnose --base toy-vision    # what a base reads, arrays and files
+    python -m minicot.recipes.llava_diagnose --pairs FILE         # how early rejected chains go wrong
 
 Prints tables; each takes a minute.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from minicot.answers import is_correct, majority_vote
+from minicot.answers import is_correct, majority_vote, split_steps
 from minicot.config import Flags, flag, run
 from minicot.data import image_reader
 from minicot.metrics import paired_difference
@@ -37,6 +38,7 @@ class DiagnoseConfig(Flags):
 
     base: str = flag("model", "", "what a base that sees reads: its folder or name, such as toy-vision")
     pictures: int = flag("data", 100, "of each kind, with --base", least=1)
+    pairs: str = flag("data", "", "right x wrong pairs of toy pictures: where the wrong one goes wrong")
 
 
 FILES = ((None, None), (192, "png"), (200, "png"), (320, "jpg"), (200, "jpg"), (64, "jpg"))
@@ -174,9 +176,27 @@ def betas_table(seeds, name, said, betas=(0.1, 1, 3, 10, 30)):
     return (f"vote by {said}, over majority", *(f"beta {beta}" for beta in betas)), rows
 
 
+# ---- what a cut leaves ---------------------------------------------------------------------------
+
+
+def cut_table(samples, widths=(13, 18, 21, 26, 30, 33, 42, 54)):
+    """Pairs -> of their rejected chains the share whose first wrong step stands whole within their first W
+    words, at blanks as align.py --truncate-words counts them."""
+    ends = []
+    for one in samples:
+        text = one.responses[1].text
+        labels = pictures.label_steps(one.problem.id.partition("/")[0], split_steps(text))
+        lines = text.split("\n")
+        ends += ["\n".join(lines[: labels.index(False) + 1]).count(" ") + 1] if False in labels else []
+    shares = (sum(end <= width for end in ends) / len(samples) for width in widths)
+    return (f"{len(samples)} pairs, W", *widths), [("wrong within W", *(f"{share:.1%}" for share in shares))]
+
+
 def main(config):
     if config.base:
         found = [base_table(resolve(config.base), config.pictures)]
+    elif config.pairs:
+        found = [cut_table(read_samples(config.pairs))]
     else:
         E.parse([])
         results = read_results(E.results / f"{E.name}.json", E.world())
@@ -185,7 +205,7 @@ def main(config):
         seeds = range(
             results["sizes"]["first_seed"], results["sizes"]["first_seed"] + results["seeds"]["dpo"]
         )
-        files = [E.root / f"dpo{label}-s{seed}" / "test-scored" / "samples.jsonl" for seed in seeds]
+        files = [E.root / f"dpo{label}-s{seed}" / "test-samples-scored" / "samples.jsonl" for seed in seeds]
         drawn = [read_samples(file) for file in files]
         found = [errors_table(drawn)]
         for by in SCORES:
