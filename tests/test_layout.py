@@ -63,6 +63,7 @@ BUDGETS = {
     "recipes/work.py": 72,
     **{f"recipes/{name}.py": 110 for name in RECIPES},
     "recipes/llava_verifier.py": 124,
+    "recipes/llava_diagnose.py": 112,
 }
 
 
@@ -134,7 +135,7 @@ def test_files_stay_within_their_budgets():
     assert total <= 5135, total
     assert sum(map(statements, sources(mme_cot))) <= 690
     assert sum(map(statements, sources(toy))) <= 1086
-    assert sum(map(statements, sources(recipes))) <= 1470
+    assert sum(map(statements, sources(recipes))) <= 1480
 
 
 def test_the_template_can_be_read():

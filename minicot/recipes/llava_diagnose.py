@@ -184,9 +184,8 @@ def cut_table(samples, widths=(13, 18, 21, 26, 30, 33, 42, 54)):
     words, at blanks as align.py --truncate-words counts them."""
     ends = []
     for one in samples:
-        text = one.responses[1].text
-        labels = pictures.label_steps(one.problem.id.partition("/")[0], split_steps(text))
-        lines = text.split("\n")
+        lines = one.responses[1].text.split("\n")
+        labels = pictures.label_steps(one.problem.id.partition("/")[0], split_steps("\n".join(lines)))
         ends += ["\n".join(lines[: labels.index(False) + 1]).count(" ") + 1] if False in labels else []
     shares = (sum(end <= width for end in ends) / len(samples) for width in widths)
     return (f"{len(samples)} pairs, W", *widths), [("wrong within W", *(f"{share:.1%}" for share in shares))]
@@ -202,11 +201,9 @@ def main(config):
         results = read_results(E.results / f"{E.name}.json", E.world())
         [setting] = {tuple(cell["settings"].items()) for cell in results["cells"] if cell["name"] == "dpo"}
         label = "".join(f"-{flag}{value:g}" for flag, value in setting)
-        seeds = range(
-            results["sizes"]["first_seed"], results["sizes"]["first_seed"] + results["seeds"]["dpo"]
-        )
-        files = [E.root / f"dpo{label}-s{seed}" / "test-samples-scored" / "samples.jsonl" for seed in seeds]
-        drawn = [read_samples(file) for file in files]
+        first, seeds = results["sizes"]["first_seed"], results["seeds"]["dpo"]
+        folders = [E.root / f"dpo{label}-s{seed}" for seed in range(first, first + seeds)]
+        drawn = [read_samples(folder / "test-samples-scored" / "samples.jsonl") for folder in folders]
         found = [errors_table(drawn)]
         for by in SCORES:
             scored = [scored_by(sampled, by) for sampled in drawn]
