@@ -101,8 +101,9 @@ def declare(E):
     E.model("rft", "align.py", init=sft, method="rft", samples=samples, data=E.data, **rates, **look)
     E.choose_by("metrics.accuracy", **E.problems(E.validation, s.validation))
     E.read("answers", take={"accuracy": "correct"}, **E.problems(E.test, s.test))
+    drawing = dict(n=s.draws, **E.problems(E.test, s.drawn))
     for model in E.models:
-        drawn = E.samples("drawn", model, n=s.draws, **E.problems(E.test, s.drawn))
+        drawn = E.samples("drawn", model, **drawing)
         E.read("habits", habits, drawn, of=[model])
 
 

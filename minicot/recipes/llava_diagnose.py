@@ -184,9 +184,11 @@ def cut_table(samples, widths=(13, 18, 21, 26, 30, 33, 42, 54)):
     words, at blanks as align.py --truncate-words counts them."""
     ends = []
     for one in samples:
-        lines = one.responses[1].text.split("\n")
-        labels = pictures.label_steps(one.problem.id.partition("/")[0], split_steps("\n".join(lines)))
-        ends += ["\n".join(lines[: labels.index(False) + 1]).count(" ") + 1] if False in labels else []
+        text = one.responses[1].text
+        labels = pictures.label_steps(one.problem.id.partition("/")[0], split_steps(text))
+        ends += (
+            ["\n".join(text.split("\n")[: labels.index(False) + 1]).count(" ") + 1] if False in labels else []
+        )
     shares = (sum(end <= width for end in ends) / len(samples) for width in widths)
     return (f"{len(samples)} pairs, W", *widths), [("wrong within W", *(f"{share:.1%}" for share in shares))]
 

@@ -158,15 +158,24 @@ def mix_rows(name, taught, few):
     return rows
 
 
+def write_pairs(out, chosen):
+    """A row a pair, each a problem of its own."""
+    write_jsonl(
+        out,
+        (
+            samples_to_row(replace(two, problem=replace(two.problem, id=f"{two.problem.id}/{i}")))
+            for i, two in enumerate(chosen)
+        ),
+    )
+
+
 def as_many_pairs(out, own, other, which, *, seed):
     """At most 3 right x wrong pairs a question of "own" or "other" samples, as many as both sides have."""
     found = {
         name: pairs(read_samples(file), max_pairs=3, window=(0.25, 0.85), seed=seed)
         for name, file in (("own", own), ("other", other))
     }
-    chosen = random.Random(f"{which} {seed}").sample(found[which], min(map(len, found.values())))
-    of_pair = lambda two, i: replace(two, problem=replace(two.problem, id=f"{two.problem.id}/{i}"))
-    write_jsonl(out, (samples_to_row(of_pair(two, i)) for i, two in enumerate(chosen)))
+    write_pairs(out, random.Random(f"{which} {seed}").sample(found[which], min(map(len, found.values()))))
 
 
 def generic_pairs(out, own, *, seed):

@@ -102,10 +102,7 @@ def a_quarter(out, all_pairs, *, seed):
 def more_pairs(out, samples, *, seed):
     """At most 9 pairs a question, of the same window."""
     found = pairs(read_samples(samples), max_pairs=9, window=(0.25, 0.85), seed=seed)
-    numbered = (
-        replace(two, problem=replace(two.problem, id=f"{two.problem.id}/{i}")) for i, two in enumerate(found)
-    )
-    write_jsonl(out, map(samples_to_row, numbered))
+    llava_reasoner.write_pairs(out, found)
 
 
 def scored_by(sampled, score):

@@ -108,8 +108,9 @@ def declare(E):
     E.choose_by("metrics.accuracy", of=arms[:2], **E.problems(E.validation, s.validation) | ursa.FORM)
     read = [sft, *arms]
     E.read("answers", of=read, take={"accuracy": "correct"}, **E.problems(E.test, s.test) | ursa.FORM)
+    drawing = dict(n=s.draws) | E.problems(E.test, s.drawn) | ursa.FORM
     for model in read:
-        drawn = E.samples("drawn", model, n=s.draws, **E.problems(E.test, s.drawn) | ursa.FORM)
+        drawn = E.samples("drawn", model, **drawing)
         scored = E.samples("drawn-scored", model, verifier=prm, samples=drawn)
         E.read("habits", habits, scored, of=[model])
 
