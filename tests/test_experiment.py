@@ -16,7 +16,7 @@ import pytest
 
 from minicot.errors import InputError
 from minicot.recipes import aft, cot_max, cot_max_text, grpo, llava_reasoner, llava_verifier, mme_cot
-from minicot.recipes import ursa, ursa_grpo, work
+from minicot.recipes import ursa, ursa_grpo, ursa_text, work
 from minicot.recipes.experiment import RESULTS, Experiment, Next
 from minicot.recipes.tables import BY_HAND, claims, judge_all, numbers, pack, read_results, sides, tables
 from minicot.recipes.tables import unpack
@@ -629,6 +629,7 @@ RECIPES |= {"cot_max": cot_max, "cot_max_text": cot_max_text}
 
 
 JUDGED = [aft, cot_max, cot_max_text, grpo, llava_reasoner, llava_verifier, mme_cot, ursa, ursa_grpo]
+JUDGED += [ursa_text]
 
 
 @pytest.mark.parametrize("recipe", JUDGED)
@@ -647,7 +648,9 @@ def test_no_claim_holds_where_all_models_are_the_same(recipe):
         assert judged["verdict"] != "holds" or not claim["other"], claim
 
 
-@pytest.mark.parametrize("recipe", [aft, cot_max, cot_max_text, grpo, llava_reasoner, mme_cot, ursa])
+@pytest.mark.parametrize(
+    "recipe", [aft, cot_max, cot_max_text, grpo, llava_reasoner, mme_cot, ursa, ursa_text]
+)
 def test_three_to_five_claims_are_primary(recipe):
     assert 3 <= sum(claim["id"].endswith("*") for claim in recipe.CLAIMS) <= 5
 

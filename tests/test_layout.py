@@ -51,7 +51,7 @@ MAY_IMPORT = {
     | {"training", "weights"},
 }
 RECIPES = ("aft", "llava_reasoner", "llava_verifier", "llava_diagnose", "mme_cot", "ursa", "ursa_grpo")
-RECIPES += ("ursa_labels", "cot_max", "cot_max_text", "grpo")
+RECIPES += ("ursa_labels", "ursa_text", "cot_max", "cot_max_text", "grpo")
 BUDGETS = {
     "losses.py": 260,
     "model.py": 260,
@@ -135,7 +135,7 @@ def test_files_stay_within_their_budgets():
     assert total <= 5135, total
     assert sum(map(statements, sources(mme_cot))) <= 690
     assert sum(map(statements, sources(toy))) <= 1086
-    assert sum(map(statements, sources(recipes))) <= 1480
+    assert sum(map(statements, sources(recipes))) <= 1540
 
 
 def test_the_template_can_be_read():

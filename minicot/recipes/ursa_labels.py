@@ -25,13 +25,12 @@ MISREAD = 2  # right responses to a problem that are misread
 # ---- labels --------------------------------------------------------------------------------------
 
 
-def roll_outs(folder, seed):
-    """Rates of rollouts of the model in this folder."""
-    model, tokenizer = load_model(folder, dtype=torch.float32, device=pick_device("auto")), Tokenizer(folder)
-    options = dict(
-        n=ROLLOUTS, max_new_tokens=TOKENS, seed=seed, reader=image_reader(model, tokenizer, folder)
-    )
-    return Rates(model_rollouts(model.eval(), tokenizer, **options))
+def roll_outs(folder, seed, *, style="dagger", tokens=TOKENS, rows=64, dtype=torch.float32):
+    """Rates of rollouts of the model in this folder, of at most so many tokens, so many rows at once."""
+    model, tokenizer = load_model(folder, dtype=dtype, device=pick_device("auto")), Tokenizer(folder)
+    options = dict(n=ROLLOUTS, max_new_tokens=tokens, seed=seed, batch_size=rows)
+    options["reader"] = image_reader(model, tokenizer, folder)
+    return Rates(model_rollouts(model.eval(), tokenizer, **options), style=style)
 
 
 def label_by_rollouts(out, samples, model, *, seed):
