@@ -24,10 +24,10 @@ from minicot.runs import write_json
 SIZES = {
     "seeds": 3,
     "first_seed": 20,
-    "steps": 250,
+    "steps": 150,
     "questions": 16,  # a step
     "responses": 8,  # to each
-    "lrs": (1e-4, 3e-4, 1e-3),
+    "lrs": (3e-5, 1e-4, 3e-4),  # at 1e-3 samples are soon all wrong
     "validation": 600,
     "test": 2000,
     "drawn": 1000,  # test problems that are sampled

@@ -2,7 +2,7 @@
 and GRPO (2402.03300), of a small language model's own solutions.
 
     python -m minicot.recipes.ursa_text --init LM --data gsm8k:PATH --name ursa_text --device cuda \\
-        --dtype bfloat16 --jobs 9
+        --dtype bfloat16 --jobs 3
     ... --fast                                             # a small part of the work: a CPU will do
 
 SFT on the first `taught` of the first split -> K solutions of each of its next `labelled` problems; of those
