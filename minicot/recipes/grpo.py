@@ -98,7 +98,10 @@ def declare(E):
             **asked, **rates, **look,
         )  # fmt: skip
     samples = E.samples("samples", sft, n=s.responses, **E.problems(E.train, s.steps * s.questions))
-    E.model("rft", "align.py", init=sft, method="rft", samples=samples, data=E.data, **rates, **look)
+    E.model(
+        "rft", "align.py", "--no-reference", init=sft, method="rft", samples=samples, data=E.data, **rates,
+        **look,
+    )  # fmt: skip
     E.choose_by("metrics.accuracy", **E.problems(E.validation, s.validation))
     E.read("answers", take={"accuracy": "correct"}, **E.problems(E.test, s.test))
     drawing = dict(n=s.draws, **E.problems(E.test, s.drawn))

@@ -105,7 +105,7 @@ def declare(E):
     loop |= dict(eval_split="", probe_every=0, save_every=0, grid=dict(lr=s.rl_lrs))
     asked = dict(split=fresh, limit=0, k=s.responses)
     rl = [E.model("grpo", "align.py", method="grpo", **asked, **loop)]
-    rl += [E.model("rft", "align.py", method="rft", samples=drawn, **loop)]
+    rl += [E.model("rft", "align.py", "--no-reference", method="rft", samples=drawn, **loop)]
     E.choose_by("metrics.pass.1", of=rl, n=8, **validation | drawing)
     take = {"accuracy": "correct", "sampled": "right"}
     E.read("answers", of=[sft, *rl], take=take, n=8, **tested | drawing)
