@@ -37,9 +37,9 @@ def test_both_reward_models_learn_from_one_file_and_both_rl_arms_from_the_same_f
 
 
 def test_every_claim_names_what_is_read(declared):
-    ways = {f"{way}@16" for way in WAYS}
-    given = {(name, metric) for name in ("sft", "grpo", "rft") for metric in ("accuracy", "sampled")}
-    given |= {(name, way) for name in ("prm", "orm") for way in ways}
+    ways = [f"{way}@{n}" for way in WAYS for n in (1, 2, 4, 8, ursa_text.SIZES["n"])]  # of ursa.all_curves
+    reads = ursa_text.E.reads
+    given = {(name, one) for name in declared for _, take in reads[name] for one in take or ways}
     assert {side for claim in ursa_text.CLAIMS for side in sides(claim)} <= given
 
 
@@ -70,7 +70,7 @@ def test_problems_that_are_never_solved_are_not_labelled(declared, tmp_path, mon
 
 def test_figures(tmp_path):
     cells = [{"name": "prm", "metrics": {f"{way}@{n}": 0.1 for way in WAYS for n in (1, 2)}}]
-    history = {key: [[1, 0.5], [2, 0.6]] for key in ursa_text.TRACKED}
+    history = {key: [[1, 0.5], [2, 0.6]] for key in ursa_text.DRAWN}
     ursa_text.draw({"cells": cells, "extra": {"training": {"grpo": history}}}, tmp_path / "page")
     assert ">majority<" in (tmp_path / "page_prm.svg").read_text()
     assert ">grpo<" in (tmp_path / "page_training.svg").read_text()

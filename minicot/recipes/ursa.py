@@ -8,8 +8,9 @@ The path (paper, stages I and II): a teacher expands answers into chains of `Ste
 that miss the gold answer are dropped -> SFT -> K chains a question; of the wrong ones rollouts find the first
 step that cannot be rescued (BEL), and the teacher misreads one fact of right ones (MIE) -> a process reward
 model (PRM) of both label sources, of each alone, and an outcome reward model (ORM) of the same responses, all
-in as many steps and with a right chain for two wrong ones -> each ranks n samples a test problem, of the SFT
-model and of another (SFT on other problems, whose chains the teacher rewrites in other wordings and orders).
+in as many steps and with a right chain for two wrong ones -> each ranks n samples a test problem of the SFT
+model, the PRM of both sources and the ORM also those of another (SFT on other problems, whose chains the
+teacher rewrites in other wordings and orders).
 
 A chain's score by a PRM is the mean of its steps' (the paper's), or their least, last or product. Controls:
 majority, the shortest chain, chains of one length, the log-ratio of DPO on the same samples. The step oracle

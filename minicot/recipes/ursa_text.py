@@ -17,6 +17,7 @@ import torch
 
 from minicot import plots
 from minicot.recipes.experiment import Experiment
+from minicot.recipes.grpo import DRAWN
 from minicot.recipes.tables import claims
 from minicot.recipes.ursa import WAYS, all_curves, best_score
 from minicot.recipes.ursa_labels import roll_outs, training_set
@@ -129,16 +130,15 @@ def declare(E):
 
 def extra(E):
     [grpo] = [model for model in E.models if model.name == "grpo"]
-    return {"training": {"grpo": plots.smooth(E.path(grpo, 0) / "metrics.jsonl", TRACKED, window=10)}}
+    return {"training": {"grpo": plots.smooth(E.path(grpo, 0) / "metrics.jsonl", DRAWN, window=10)}}
 
 
 def draw(results, stem):
     of = {cell["name"]: cell["metrics"] for cell in results["cells"]}
     plots.best_of_n([of["prm"]], f"{stem}_prm.svg")
-    plots.over_steps(results["extra"]["training"], TRACKED, f"{stem}_training.svg")
+    plots.over_steps(results["extra"]["training"], DRAWN, f"{stem}_training.svg")
 
 
-TRACKED = {"right": "right samples (share)", "entropy": "entropy (nats a token)", "length": "tokens"}
 E = Experiment(
     "ursa_text",
     "URSA on real text: a process reward model from rollouts (arXiv 2501.04686), and GRPO (2402.03300)",
