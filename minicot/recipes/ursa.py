@@ -30,6 +30,7 @@ from minicot.chat import describe_failures
 from minicot.recipes.experiment import Experiment
 from minicot.recipes.llava_reasoner import PICTURES
 from minicot.recipes.tables import claims
+from minicot.recipes.ursa_base import judged_rightly, judged_rows
 from minicot.recipes.ursa_labels import TOKENS, bel_quality, label_by_rollouts, length_matched, misread
 from minicot.recipes.ursa_labels import step_quality, training_set, two_chains
 from minicot.records import Problem, fields_of, read_samples
@@ -50,6 +51,8 @@ SIZES = {
     "lr": 2e-3,
     "labelled": 500,  # training problems that are sampled and labelled
     "k": 8,  # responses to each
+    "judged": 8000,  # training problems, behind those of SFT, with verdicts: the base of the reward models
+    "judge_steps": 3000,
     "reward_steps": 200,  # of each reward model
     "reward_lrs": (1e-4, 3e-4, 1e-3),
     "dpo_lrs": (1e-5, 3e-5, 1e-4),
@@ -58,8 +61,8 @@ SIZES = {
     "n": 32,  # samples that are chosen among
 }
 FAST = dict(
-    seeds=1, taught=1500, steps=220, labelled=60, k=4, validation=50, test=100, n=4, reward_steps=20,
-    reward_lrs=(3e-4,), dpo_lrs=(3e-5,),
+    seeds=1, taught=1500, steps=220, labelled=60, k=4, judged=1000, judge_steps=100, validation=50, test=100,
+    n=4, reward_steps=20, reward_lrs=(3e-4,), dpo_lrs=(3e-5,),
 )  # fmt: skip
 FORM = dict(style="dagger", max_new_tokens=TOKENS)  # of the chains, drawn and graded
 SOURCES = {"prm": "both", "prm-no-bel": "mie", "prm-no-mie": "bel", "orm": "both"}
@@ -99,6 +102,7 @@ COLUMNS = {
         "best of 32": "{mean@32:.1%}",
         "weighted vote of 32": "{vote@32:.1%}",
         "other's chains: majority, best": "{other majority@32:.1%} / {other mean@32:.1%}",
+        "verdicts on lines": "{verdicts:.1%}",
         "step labels": "{steps:.1%}",
         "first error": "{first_error:.1%}",
         "AUROC of steps": "{auroc:.3f}",
@@ -187,10 +191,23 @@ def labels(E, sft):
     return drawn, E.file("bel", label_by_rollouts, drawn, sft), E.file("mie", misread, drawn)
 
 
-def reward_model(E, name, sft, bel, mie, lrs):
+def judge(E):
+    """The base of the reward models, one for all seeds (ursa_base.py)."""
+    s = E.size
+    rows = judged_rows(E.data, E.train, 2 * s.taught, 2 * s.taught + s.judged)
+    base = E.model(
+        "judge", "train.py", init=E.init, data=E.write("lines.jsonl", map(fields_of, rows)), eval_split="",
+        steps=s.judge_steps, lr=s.lr, batch_size=s.batch_size, train="language", save_every=1000, seeds=1,
+    )  # fmt: skip
+    lines = E.write("lines-validation.jsonl", map(fields_of, judged_rows(E.data, E.validation, 0, 100)))
+    E.read("lines", judged_rightly, base, lines, of=[base])
+    return base
+
+
+def reward_model(E, name, base, bel, mie, lrs):
     s, samples = E.size, E.file(f"train-{SOURCES[name]}", training_set, bel, mie, SOURCES[name])
     return E.model(
-        name, "train.py", task=name.partition("-")[0], init=sft, steps=s.reward_steps, train="language",
+        name, "train.py", task=name.partition("-")[0], init=base, steps=s.reward_steps, train="language",
         batch_size=s.batch_size, save_every=0, samples=samples, grid=dict(lr=lrs),
     )  # fmt: skip
 
@@ -200,6 +217,7 @@ def declare(E):
     sft, other = solver(E, "sft"), solver(E, "other", "rewrite", s.taught)
     apart, tested = (E.problems(*part) | FORM for part in ((E.validation, s.validation), (E.test, s.test)))
     drawn, bel, mie = labels(E, sft)
+    base = judge(E)
     held_out = E.samples("validation-samples", sft, n=s.n, **apart)
     chains = [E.samples("test-samples", model, n=s.n, **tested) for model in (sft, other)]
 
@@ -217,7 +235,7 @@ def declare(E):
         return own
 
     for name in SOURCES:
-        model = reward_model(E, name, sft, bel, mie, s.reward_lrs)
+        model = reward_model(E, name, base, bel, mie, s.reward_lrs)
         scored = ranks(model)
         if name != "orm":
             E.read("steps", step_quality, scored, of=[model])

@@ -1,0 +1,100 @@
+"""What the reward models of the recipe ursa start from: a base that has learned to tell right lines of a
+chain from wrong ones.
+
+A model of 1.4M parameters does not learn it from 3,000 labelled chains; the paper's of 8B brings it along.
+So the base that sees is shown lines about other pictures of the train split, each right or, as likely, with a
+mistake of its own, and writes its verdict behind each:
+
+    Kim has the pens of Mia and Eva together. ...                 Step 1: Mia: pens 6.
+                                                                  no
+                                                                  Step 2: Eva: pens 9.
+                                                                  yes
+    What is right? Kim has the pens of Mia and Eva together. ...  Step 1: Mia: pens 6.
+                                                                   5
+
+It is written where a reward model's head will read. Half of the rows ask for the right number, not for the
+verdict: to read again is learned first. Half of the rows hold only the lines that read. A mistake: a number
+off by 1 to 3, or another quantity in the place of one that the line rests on. A verdict is of its line alone;
+no mistake is carried on.
+"""
+
+import math
+import random
+from dataclasses import replace
+
+import torch
+
+from minicot.data import collate, encode_row, image_reader, target
+from minicot.scoring import score
+from minicot.runs import write_json
+from minicot.sets import read_problems
+from minicot.tokenizer import Tokenizer
+from minicot.toy.pictures import chain, read_from, scene_of, wordings_of, write_step
+from minicot.toy.problems import FACTS, compute, operands
+from minicot.training import pick_device
+from minicot.weights import load_model
+
+ASKED = {"verdict": "", "number": "What is right? "}
+
+
+def mistaken(scene, quantity, wording, rng):
+    """The line that states this quantity, with one mistake; its number is not the right one."""
+    near = rng.choice([n for n in range(quantity.value - 3, quantity.value + 4) if 0 < n != quantity.value])
+    if not FACTS[quantity.kind][0]:
+        return write_step(scene, quantity, wording, (near,))
+    others = [
+        place
+        for place, other in enumerate(scene.quantities)
+        if other.item == quantity.item and other != quantity and place not in quantity.of
+    ]
+    if quantity.of and others and rng.random() < 0.5:
+        swapped = rng.randrange(len(quantity.of))
+        of = tuple(rng.choice(others) if i == swapped else place for i, place in enumerate(quantity.of))
+        numbers = operands(scene, replace(quantity, of=of))
+        value = compute(quantity.kind, numbers)
+        if value and value > 0 and value != quantity.value:
+            return write_step(scene, replace(quantity, of=of), wording, (*numbers, value))
+    return write_step(scene, quantity, wording, (*operands(scene, quantity), near))
+
+
+def judged(problem, kind, reads):
+    """A Problem of pictures -> one whose solution is lines with verdicts (kind "verdict": yes, no; "number":
+    the right one behind it); reads: only the lines that read, in any order."""
+    scene, rng, lines = scene_of(vars(problem)), random.Random(f"{kind} {reads} {problem.id}"), []
+    wording = rng.choice(wordings_of(scene))
+    stated = rng.sample(read_from(scene), len(read_from(scene))) if reads else chain(scene)
+    for k, quantity in enumerate(stated, 1):
+        right = rng.random() < 0.5
+        step = write_step(scene, quantity, wording) if right else mistaken(scene, quantity, wording, rng)
+        verdict = ("no", "yes")[right] if kind == "verdict" else f" {quantity.value}"
+        lines += [f"Step {k}: {step}", verdict]
+    question = "<image>" if reads else problem.question
+    return replace(
+        problem, id=f"{problem.id}-{kind}-{reads:d}", question=ASKED[kind] + question, steps=None,
+        answer=verdict.strip(), solution="\n".join(lines),
+    )  # fmt: skip
+
+
+def judged_rows(data, split, start, stop):
+    """Four rows of each problem start to stop of a split of the picture world."""
+    for problem in read_problems(data, split, limit=stop)[start:]:
+        for kind in ASKED:
+            yield from (judged(problem, kind, reads) for reads in (True, False))
+
+
+@torch.no_grad()
+def judged_rightly(out, model, lines, *, seed):
+    """{"verdicts": of each problem of `lines` [verdicts for which the model finds the right one likelier than
+    not, verdicts]}; lines of numbers are left out."""
+    judge, tokenizer = load_model(model, dtype=torch.float32, device=pick_device("auto")), Tokenizer(model)
+    reader, found = image_reader(judge, tokenizer, model), []
+    for problem in read_problems(lines):
+        if problem.answer in ("yes", "no"):
+            row = encode_row(tokenizer, problem, target(problem, "cot"), mode="cot")
+            batch = collate([[row]], tokenizer.pad_id, reader).to(pick_device("auto"))
+            logps = score(judge.eval(), batch)[batch.loss_mask].tolist()
+            texts = [tokenizer.decode([token]) for token in row.ids[row.n_prompt :]]
+            behind = [before == "\n" and text in "yn" for before, text in zip(texts, texts[1:])]
+            right = [logp > math.log(0.5) for logp, is_verdict in zip(logps[1:], behind) if is_verdict]
+            found.append([sum(right), len(right)])
+    write_json(out, {"verdicts": found})
