@@ -30,7 +30,7 @@ from minicot.chat import describe_failures
 from minicot.recipes.experiment import Experiment
 from minicot.recipes.llava_reasoner import PICTURES
 from minicot.recipes.tables import claims
-from minicot.recipes.ursa_base import judged_rightly, judged_rows
+from minicot.recipes.ursa_base import judge
 from minicot.recipes.ursa_labels import TOKENS, bel_quality, label_by_rollouts, length_matched, misread
 from minicot.recipes.ursa_labels import step_quality, training_set, two_chains
 from minicot.records import Problem, fields_of, read_samples
@@ -189,19 +189,6 @@ def labels(E, sft):
     """(the SFT model's chains to training problems, labelled by rollouts, misread)."""
     drawn = E.samples("train-samples", sft, n=E.size.k, **E.problems(E.train, E.size.labelled) | FORM)
     return drawn, E.file("bel", label_by_rollouts, drawn, sft), E.file("mie", misread, drawn)
-
-
-def judge(E):
-    """The base of the reward models, one for all seeds (ursa_base.py)."""
-    s = E.size
-    rows = judged_rows(E.data, E.train, 2 * s.taught, 2 * s.taught + s.judged)
-    base = E.model(
-        "judge", "train.py", init=E.init, data=E.write("lines.jsonl", map(fields_of, rows)), eval_split="",
-        steps=s.judge_steps, lr=s.lr, batch_size=s.batch_size, train="language", save_every=1000, seeds=1,
-    )  # fmt: skip
-    lines = E.write("lines-validation.jsonl", map(fields_of, judged_rows(E.data, E.validation, 0, 100)))
-    E.read("lines", judged_rightly, base, lines, of=[base])
-    return base
 
 
 def reward_model(E, name, base, bel, mie, lrs):

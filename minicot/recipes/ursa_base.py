@@ -26,6 +26,7 @@ import torch
 
 from minicot.data import collate, encode_row, image_reader, target
 from minicot.scoring import score
+from minicot.records import fields_of
 from minicot.runs import write_json
 from minicot.sets import read_problems
 from minicot.tokenizer import Tokenizer
@@ -88,7 +89,7 @@ def judged_rightly(out, model, lines, *, seed):
     not, verdicts]}; lines of numbers are left out."""
     judge, tokenizer = load_model(model, dtype=torch.float32, device=pick_device("auto")), Tokenizer(model)
     reader, found = image_reader(judge, tokenizer, model), []
-    for problem in read_problems(lines):
+    for problem in read_problems(str(lines)):
         if problem.answer in ("yes", "no"):
             row = encode_row(tokenizer, problem, target(problem, "cot"), mode="cot")
             batch = collate([[row]], tokenizer.pad_id, reader).to(pick_device("auto"))
@@ -98,3 +99,16 @@ def judged_rightly(out, model, lines, *, seed):
             right = [logp > math.log(0.5) for logp, is_verdict in zip(logps[1:], behind) if is_verdict]
             found.append([sum(right), len(right)])
     write_json(out, {"verdicts": found})
+
+
+def judge(E):
+    """The base of the reward models, one for all seeds; its pictures are behind those of SFT."""
+    s = E.size
+    rows = judged_rows(E.data, E.train, 2 * s.taught, 2 * s.taught + s.judged)
+    base = E.model(
+        "judge", "train.py", init=E.init, data=E.write("lines.jsonl", map(fields_of, rows)), eval_split="",
+        steps=s.judge_steps, lr=s.lr, batch_size=s.batch_size, train="language", save_every=1000, seeds=1,
+    )  # fmt: skip
+    lines = E.write("lines-validation.jsonl", map(fields_of, judged_rows(E.data, E.validation, 0, 100)))
+    E.read("lines", judged_rightly, base, lines, of=[base])
+    return base
