@@ -15,7 +15,8 @@ mistake of its own, and writes its verdict behind each:
 It is written where a reward model's head will read. Half of the rows ask for the right number, not for the
 verdict: to read again is learned first. Half of the rows hold only the lines that read. A mistake: a number
 off by 1 to 3, or another quantity in the place of one that the line rests on. A verdict is of its line alone;
-no mistake is carried on.
+no mistake is carried on. The second time rows ask for verdicts alone, and in whole chains four of five lines
+that read are right, so that a line that computes can be held against them.
 """
 
 import math
@@ -58,14 +59,17 @@ def mistaken(scene, quantity, wording, rng):
     return write_step(scene, quantity, wording, (*operands(scene, quantity), near))
 
 
-def judged(problem, kind, reads):
+def judged(problem, kind, reads, second=False):
     """A Problem of pictures -> one whose solution is lines with verdicts (kind "verdict": yes, no; "number":
-    the right one behind it); reads: only the lines that read, in any order."""
-    scene, rng, lines = scene_of(vars(problem)), random.Random(f"{kind} {reads} {problem.id}"), []
+    the right one behind it); reads: only the lines that read, in any order. The second time
+    with other mistakes: in whole chains a line that reads is right four times of five."""
+    scene, lines = scene_of(vars(problem)), []
+    rng = random.Random(f"{kind} {reads} {problem.id}{' 2' * second}")
     wording = rng.choice(wordings_of(scene))
     stated = rng.sample(read_from(scene), len(read_from(scene))) if reads else chain(scene)
     for k, quantity in enumerate(stated, 1):
-        right = rng.random() < 0.5
+        steady = second and not reads and quantity in read_from(scene)
+        right = rng.random() < (0.8 if steady else 0.5)
         step = write_step(scene, quantity, wording) if right else mistaken(scene, quantity, wording, rng)
         verdict = ("no", "yes")[right] if kind == "verdict" else f" {quantity.value}"
         lines += [f"Step {k}: {step}", verdict]
@@ -76,11 +80,11 @@ def judged(problem, kind, reads):
     )  # fmt: skip
 
 
-def judged_rows(data, split, start, stop):
-    """Four rows of each problem start to stop of a split of the picture world."""
+def judged_rows(data, split, start, stop, *, kinds=tuple(ASKED), second=False):
+    """Two rows of each kind of each problem start to stop of a split of the picture world."""
     for problem in read_problems(data, split, limit=stop)[start:]:
-        for kind in ASKED:
-            yield from (judged(problem, kind, reads) for reads in (True, False))
+        for kind in kinds:
+            yield from (judged(problem, kind, reads, second) for reads in (True, False))
 
 
 @torch.no_grad()
@@ -102,13 +106,16 @@ def judged_rightly(out, model, lines, *, seed):
 
 
 def judge(E):
-    """The base of the reward models, one for all seeds; its pictures are behind those of SFT."""
-    s = E.size
-    rows = judged_rows(E.data, E.train, 2 * s.taught, 2 * s.taught + s.judged)
-    base = E.model(
-        "judge", "train.py", init=E.init, data=E.write("lines.jsonl", map(fields_of, rows)), eval_split="",
-        steps=s.judge_steps, lr=s.lr, batch_size=s.batch_size, train="language", save_every=1000, seeds=1,
-    )  # fmt: skip
-    lines = E.write("lines-validation.jsonl", map(fields_of, judged_rows(E.data, E.validation, 0, 100)))
-    E.read("lines", judged_rightly, base, lines, of=[base])
+    """The base of the reward models, one for all seeds; its pictures are behind those of SFT. First it learns
+    verdicts and numbers, then verdicts alone (see judged)."""
+    s, base = E.size, E.init
+    part = E.data, E.train, 2 * s.taught, 2 * s.taught + s.judged
+    rows = {"judge": judged_rows(*part), "judge-more": judged_rows(*part, kinds=("verdict",), second=True)}
+    held_out = E.write("held-out.jsonl", map(fields_of, judged_rows(E.data, E.validation, 0, 100)))
+    for (name, lines), data, steps in zip(rows.items(), ("lines", "lines-more"), s.judge_steps):
+        base = E.model(
+            name, "train.py", init=base, data=E.write(f"{data}.jsonl", map(fields_of, lines)), eval_split="",
+            steps=steps, lr=s.lr, batch_size=s.batch_size, train="language", save_every=1000, seeds=1,
+        )  # fmt: skip
+        E.read("lines", judged_rightly, base, held_out, of=[base])
     return base
