@@ -41,12 +41,12 @@ def test_the_recipe_declares_what_its_claims_name(tmp_path, monkeypatch):
     ursa.E.check(ursa.CLAIMS)
     models = {model.name: model for model in ursa.E.models}
     ursa.E.models.clear(), ursa.E.reads.clear()
-    assert set(models) == {"sft", "other", "judge", "judge-more", *ursa.SOURCES, "dpo"}
+    assert set(models) == {"sft", "other", "judge", "judge-more", "judge-sums", *ursa.SOURCES, "dpo"}
     flags = [
         {k: v for k, v in models[name].flags.items() if k not in ("task", "samples")} for name in ursa.SOURCES
     ]
     assert all(one == flags[0] for one in flags) and flags[0]["steps"] and flags[0]["train"] == "language"
-    assert flags[0]["init"] is models["judge-more"] and models["judge"].seeds == 1  # one base for all seeds
+    assert flags[0]["init"] is models["judge-sums"] and models["judge"].seeds == 1  # one base for all seeds
     assert models["orm"].flags["samples"].name == models["prm"].flags["samples"].name  # the same responses
     assert 3 <= sum(claim["id"].endswith("*") for claim in ursa.CLAIMS + ursa_grpo.CLAIMS) <= 5
     rows = [json.loads(line) for line in (ursa.E.root / "expand.jsonl").read_text().splitlines()]

@@ -52,16 +52,16 @@ SIZES = {
     "labelled": 500,  # training problems that are sampled and labelled
     "k": 8,  # responses to each
     "judged": 8000,  # training problems, behind those of SFT, with verdicts: the base of the reward models
-    "judge_steps": (3000, 2500),
+    "judge_steps": (3000, 2500, 1500),
     "reward_steps": 200,  # of each reward model
-    "reward_lrs": (1e-4, 3e-4, 1e-3),
+    "reward_lrs": (1e-4, 3e-4),
     "dpo_lrs": (1e-5, 3e-5, 1e-4),
     "validation": 300,
     "test": 600,
     "n": 32,  # samples that are chosen among
 }
 FAST = dict(
-    seeds=1, taught=1500, steps=220, labelled=60, k=4, judged=1000, judge_steps=(100, 50), validation=50,
+    seeds=1, taught=1500, steps=220, labelled=60, k=4, judged=1000, judge_steps=(100, 50, 50), validation=50,
     test=100, n=4, reward_steps=20, reward_lrs=(3e-4,), dpo_lrs=(3e-5,),
 )  # fmt: skip
 FORM = dict(style="dagger", max_new_tokens=TOKENS)  # of the chains, drawn and graded

@@ -15,19 +15,21 @@ mistake of its own, and writes its verdict behind each:
 It is written where a reward model's head will read. Half of the rows ask for the right number, not for the
 verdict: to read again is learned first. Half of the rows hold only the lines that read. A mistake: a number
 off by 1 to 3, or another quantity in the place of one that the line rests on. A verdict is of its line alone;
-no mistake is carried on. The second time rows ask for verdicts alone, and in whole chains four of five lines
-that read are right, so that a line that computes can be held against them.
+no mistake is carried on. The second stage asks for verdicts alone, and in whole chains four of five lines
+that read are right, so that a line that computes can be held against them; the third is of whole chains, and
+of sums without a picture.
 """
 
 import math
 import random
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from minicot.data import collate, encode_row, image_reader, target
 from minicot.scoring import score
-from minicot.records import fields_of
+from minicot.records import Problem, fields_of
 from minicot.runs import write_json
 from minicot.sets import read_problems
 from minicot.tokenizer import Tokenizer
@@ -59,16 +61,16 @@ def mistaken(scene, quantity, wording, rng):
     return write_step(scene, quantity, wording, (*operands(scene, quantity), near))
 
 
-def judged(problem, kind, reads, second=False):
+def judged(problem, kind, reads, draw=1):
     """A Problem of pictures -> one whose solution is lines with verdicts (kind "verdict": yes, no; "number":
-    the right one behind it); reads: only the lines that read, in any order. The second time
-    with other mistakes: in whole chains a line that reads is right four times of five."""
+    the right one behind it); reads: only the lines that read, in any order. Another draw has
+    other mistakes; from the second on, in whole chains, four of five lines that read are right."""
     scene, lines = scene_of(vars(problem)), []
-    rng = random.Random(f"{kind} {reads} {problem.id}{' 2' * second}")
+    rng = random.Random(f"{kind} {reads} {problem.id}{f' {draw}' * (draw > 1)}")
     wording = rng.choice(wordings_of(scene))
     stated = rng.sample(read_from(scene), len(read_from(scene))) if reads else chain(scene)
     for k, quantity in enumerate(stated, 1):
-        steady = second and not reads and quantity in read_from(scene)
+        steady = draw > 1 and not reads and quantity in read_from(scene)
         right = rng.random() < (0.8 if steady else 0.5)
         step = write_step(scene, quantity, wording) if right else mistaken(scene, quantity, wording, rng)
         verdict = ("no", "yes")[right] if kind == "verdict" else f" {quantity.value}"
@@ -80,11 +82,31 @@ def judged(problem, kind, reads, second=False):
     )  # fmt: skip
 
 
-def judged_rows(data, split, start, stop, *, kinds=tuple(ASKED), second=False):
-    """Two rows of each kind of each problem start to stop of a split of the picture world."""
+def judged_rows(data, split, start, stop, *, kinds=tuple(ASKED), reads=(True, False), draw=1):
+    """The rows of each problem start to stop of a split of the picture world."""
     for problem in read_problems(data, split, limit=stop)[start:]:
         for kind in kinds:
-            yield from (judged(problem, kind, reads, second) for reads in (True, False))
+            yield from (judged(problem, kind, read, draw) for read in reads)
+
+
+def sums(n):
+    """n rows of eight sums in words of one line, without a picture, half of them wrong by 1 to 3, with
+    verdicts."""
+    for i in range(n):
+        rng, lines = random.Random(f"sums {i}"), []
+        for k in range(1, 9):
+            kind, a, b = (
+                rng.choice(("more", "fewer", "times", "half")),
+                rng.randint(1, 40),
+                rng.randint(1, 20),
+            )
+            a, b = {"fewer": (a + b, b), "times": (a, rng.randint(2, 5)), "half": (2 * a, 2)}.get(
+                kind, (a, b)
+            )
+            c, right = compute(kind, (a, b)), rng.random() < 0.5
+            said = c if right else rng.choice([m for m in range(c - 3, c + 4) if 0 < m != c])
+            lines += [f"Step {k}: {a} {FACTS[kind][0]} {b} = {said}.", ("no", "yes")[right]]
+        yield Problem(id=f"sums-{i}", question="Sums.", answer=lines[-1], solution="\n".join(lines))
 
 
 @torch.no_grad()
@@ -106,15 +128,21 @@ def judged_rightly(out, model, lines, *, seed):
 
 
 def judge(E):
-    """The base of the reward models, one for all seeds; its pictures are behind those of SFT. First it learns
-    verdicts and numbers, then verdicts alone (see judged)."""
+    """The base of the reward models, one for all seeds; its pictures are behind those of SFT. It learns
+    verdicts and numbers, then verdicts alone, then those of whole chains and of sums."""
     s, base = E.size, E.init
-    part = E.data, E.train, 2 * s.taught, 2 * s.taught + s.judged
-    rows = {"judge": judged_rows(*part), "judge-more": judged_rows(*part, kinds=("verdict",), second=True)}
-    held_out = E.write("held-out.jsonl", map(fields_of, judged_rows(E.data, E.validation, 0, 100)))
-    for (name, lines), data, steps in zip(rows.items(), ("lines", "lines-more"), s.judge_steps):
+    part = partial(judged_rows, E.data, E.train, 2 * s.taught, 2 * s.taught + s.judged)
+    verdicts = dict(kinds=("verdict",))
+    stages = {
+        "judge": ("lines", part()),
+        "judge-more": ("lines-more", part(**verdicts, draw=2)),
+        "judge-sums": ("lines-sums", [*part(**verdicts, reads=(False,), draw=3), *sums(s.judged)]),
+    }
+    held_out = judged_rows(E.data, E.validation, 0, 100, **verdicts, draw=2)
+    held_out = E.write("held-out.jsonl", map(fields_of, held_out))
+    for (name, (file, rows)), steps in zip(stages.items(), s.judge_steps):
         base = E.model(
-            name, "train.py", init=base, data=E.write(f"{data}.jsonl", map(fields_of, lines)), eval_split="",
+            name, "train.py", init=base, data=E.write(f"{file}.jsonl", map(fields_of, rows)), eval_split="",
             steps=steps, lr=s.lr, batch_size=s.batch_size, train="language", save_every=1000, seeds=1,
         )  # fmt: skip
         E.read("lines", judged_rightly, base, held_out, of=[base])
