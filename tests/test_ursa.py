@@ -3,6 +3,7 @@ reward model in test_prm.py."""
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -83,6 +84,16 @@ def test_the_base_of_the_reward_models_is_told_what_each_line_is():
                 assert pictures.label_steps(scene, [step]) == [verdict == "yes"]
         assert "<image>" in row.question and row.answer == lines[-1].strip()
     assert 0.4 < told.count("yes") / len(told) < 0.6
+
+
+def test_sums_are_told_right_or_wrong():
+    for row in ursa_base.sums(20):
+        lines = row.solution.splitlines()
+        for step, verdict in zip(lines[::2], lines[1::2]):
+            a, symbol, b, c = re.fullmatch(r"Step \d: (\d+) ([-+x/]) (\d+) = (\d+)\.", step).groups()
+            value = {"+": int(a) + int(b), "-": int(a) - int(b), "x": int(a) * int(b), "/": int(a) / int(b)}
+            assert (value[symbol] == int(c)) == (verdict == "yes"), step
+        assert len(lines) == 16 and row.image is None
 
 
 def test_verdicts_are_counted_where_the_right_one_is_likelier(tmp_path, monkeypatch):
