@@ -72,7 +72,7 @@ class LoopConfig(Flags):
     eval_split: str = flag("data", "", "held-out split, measured before and after ('' = none)")
     eval_limit: int = flag("data", 200, "problems of --eval-split (0 = all)", least=0)
     eval_batch_size: int = flag("data", 128, "sequences decoded together", least=1)
-    init: str = flag("model", "toy", "model folder to start from; toy, toy-vision = the shipped bases")
+    init: str = flag("model", "toy", "model folder to start from; toy, toy-vision, toy-judge = shipped")
     chat_template: str = CHAT_TEMPLATE
     train: Literal["all", "language", "projector"] = flag(
         "model", "all", "what learns; language = the language model alone"
@@ -131,7 +131,7 @@ class TrainConfig(LoopConfig):
     init: str = changed(
         LOOP["init"],
         "toy",
-        "folder to start from, or a config.json: random weights; toy, toy-vision = shipped",
+        "folder to start from, or a config.json: random weights; toy, toy-vision, toy-judge = shipped",
     )
     tokenizer: str = flag("model", "", "folder of the tokenizer (default: that of --init)")
     vision: str = flag(

@@ -52,8 +52,8 @@ def train_first(out="runs/sft"):
 
 
 def resolve(init):
-    """--init: "toy" and "toy-vision" are the shipped base models; anything else is a path."""
-    shipped = {"toy": "base", "toy-vision": "vision_base"}
+    """--init: "toy", "toy-vision" and "toy-judge" are the shipped base models; anything else is a path."""
+    shipped = {"toy": "base", "toy-vision": "vision_base", "toy-judge": "judge_base"}
     return ROOT / "minicot" / "toy" / shipped[init] if init in shipped else Path(init)
 
 

@@ -51,19 +51,20 @@ MAY_IMPORT = {
     | {"training", "weights"},
 }
 RECIPES = ("aft", "llava_reasoner", "llava_verifier", "llava_diagnose", "mme_cot", "ursa", "ursa_grpo")
-RECIPES += ("ursa_base", "ursa_labels", "ursa_text", "cot_max", "cot_max_text", "grpo")
+RECIPES += ("ursa_labels", "ursa_text", "cot_max", "cot_max_text", "grpo")
 BUDGETS = {
     "losses.py": 260,
     "model.py": 260,
     "view.py": 150,
     "pruner.py": 375,
     "selection.py": 175,
-    "recipes/experiment.py": 282,
+    "recipes/experiment.py": 281,
     "recipes/tables.py": 140,
     "recipes/work.py": 72,
     **{f"recipes/{name}.py": 110 for name in RECIPES},
     "recipes/llava_verifier.py": 124,
     "recipes/llava_diagnose.py": 112,
+    "recipes/ursa_labels.py": 118,
 }
 
 
@@ -134,8 +135,8 @@ def test_files_stay_within_their_budgets():
     )
     assert total <= 5135, total
     assert sum(map(statements, sources(mme_cot))) <= 690
-    assert sum(map(statements, sources(toy))) <= 1086
-    assert sum(map(statements, sources(recipes))) <= 1610
+    assert sum(map(statements, sources(toy))) <= 1160
+    assert sum(map(statements, sources(recipes))) <= 1565
 
 
 def test_the_template_can_be_read():

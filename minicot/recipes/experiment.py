@@ -75,8 +75,7 @@ ARGUMENTS = {
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """A command or a function, at each seed, and what it makes. One of fewer seeds stands at its last one for
-    what needs it at another."""
+    """A command or a function, at each seed, and what it makes."""
 
     name: str
     work: tuple  # (script or module, *switches), (function, *inputs); () for another name of the cell `of`
@@ -225,7 +224,6 @@ class Experiment(Worker):
             return self.path(cell.cell, (seed + 1) % max(2, self.size.seeds))
         if not isinstance(cell, Cell) or not cell.work:
             return self.path(cell.of, seed, setting) if isinstance(cell, Cell) else cell
-        seed = min(seed, cell.seeds - 1)
         folder = self.folder(cell, seed, setting)
         with self.lock:
             mine = folder not in self.made

@@ -18,7 +18,7 @@ says how right labels and step scores are (ursa_labels.py); it also calls a numb
 and not needed, which rollouts rescue and no misreading touches: labels cannot reach 100 %.
 
 Differs from the paper: the reward models do not start from the SFT model, from which they learn nothing here,
-but from a base that has learned verdicts on lines (ursa_base.py); 8 chains and 8 rollouts, not 16 (the
+but from a base that has learned verdicts on lines (--init toy-judge); 8 chains and 8 rollouts, not 16 (the
 temperature, 0.3, is the paper's); a misreading is written anew from the scene, and alters a number by 1 to 3,
 where the paper swaps confusable facts in a model's chain; the head is read at the end of a step's line, no
 marker is added; the oracle stands in for people.
@@ -31,7 +31,6 @@ from minicot.chat import describe_failures
 from minicot.recipes.experiment import Experiment
 from minicot.recipes.llava_reasoner import PICTURES
 from minicot.recipes.tables import claims
-from minicot.recipes.ursa_base import judge
 from minicot.recipes.ursa_labels import TOKENS, bel_quality, label_by_rollouts, length_matched, misread
 from minicot.recipes.ursa_labels import step_quality, training_set, two_chains
 from minicot.records import Problem, fields_of, read_samples
@@ -52,8 +51,6 @@ SIZES = {
     "lr": 2e-3,
     "labelled": 500,  # training problems that are sampled and labelled
     "k": 8,  # responses to each
-    "judged": 8000,  # training problems, behind those of SFT, with verdicts: the base of the reward models
-    "judge_steps": (3000, 2500, 1500),
     "reward_steps": 200,  # of each reward model
     "reward_lrs": (1e-4, 3e-4),
     "dpo_lrs": (1e-5, 3e-5, 1e-4),
@@ -62,8 +59,8 @@ SIZES = {
     "n": 32,  # samples that are chosen among
 }
 FAST = dict(
-    seeds=1, taught=1500, steps=220, labelled=60, k=4, judged=1000, judge_steps=(100, 50, 50), validation=50,
-    test=100, n=4, reward_steps=20, reward_lrs=(3e-4,), dpo_lrs=(3e-5,),
+    seeds=1, taught=1500, steps=220, labelled=60, k=4, validation=50, test=100, n=4, reward_steps=20,
+    reward_lrs=(3e-4,), dpo_lrs=(3e-5,),
 )  # fmt: skip
 FORM = dict(style="dagger", max_new_tokens=TOKENS)  # of the chains, drawn and graded
 SOURCES = {"prm": "both", "prm-no-bel": "mie", "prm-no-mie": "bel", "orm": "both"}
@@ -103,7 +100,6 @@ COLUMNS = {
         "best of 32": "{mean@32:.1%}",
         "weighted vote of 32": "{vote@32:.1%}",
         "other's chains: majority, best": "{other majority@32:.1%} / {other mean@32:.1%}",
-        "verdicts on lines": "{verdicts:.1%}",
         "step labels": "{steps:.1%}",
         "first error": "{first_error:.1%}",
         "AUROC of steps": "{auroc:.3f}",
@@ -192,8 +188,9 @@ def labels(E, sft):
     return drawn, E.file("bel", label_by_rollouts, drawn, sft), E.file("mie", misread, drawn)
 
 
-def reward_model(E, name, base, bel, mie, lrs):
+def reward_model(E, name, sft, bel, mie, lrs):
     s, samples = E.size, E.file(f"train-{SOURCES[name]}", training_set, bel, mie, SOURCES[name])
+    base = "toy-judge" if E.init == "toy-vision" else sft
     return E.model(
         name, "train.py", task=name.partition("-")[0], init=base, steps=s.reward_steps, train="language",
         batch_size=s.batch_size, save_every=0, samples=samples, grid=dict(lr=lrs),
@@ -205,7 +202,6 @@ def declare(E):
     sft, other = solver(E, "sft"), solver(E, "other", "rewrite", s.taught)
     apart, tested = (E.problems(*part) | FORM for part in ((E.validation, s.validation), (E.test, s.test)))
     drawn, bel, mie = labels(E, sft)
-    base = judge(E)
     held_out = E.samples("validation-samples", sft, n=s.n, **apart)
     chains = [E.samples("test-samples", model, n=s.n, **tested) for model in (sft, other)]
 
@@ -223,7 +219,7 @@ def declare(E):
         return own
 
     for name in SOURCES:
-        model = reward_model(E, name, base, bel, mie, s.reward_lrs)
+        model = reward_model(E, name, sft, bel, mie, s.reward_lrs)
         scored = ranks(model)
         if name != "orm":
             E.read("steps", step_quality, scored, of=[model])

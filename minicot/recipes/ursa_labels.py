@@ -1,6 +1,10 @@
 """Step labels of the recipe ursa: by rollouts (BEL), by a teacher's misreading (MIE); and how right they and
-a reward model's step scores are, by the toy world's step oracle."""
+a reward model's step scores are, by the toy world's step oracle.
 
+    python -m minicot.recipes.ursa_labels      # how well the base of the reward models judges lines
+"""
+
+import math
 import random
 from dataclasses import replace
 
@@ -8,14 +12,15 @@ import torch
 
 from minicot.answers import split_steps
 from minicot.chat import describe_failures
-from minicot.data import image_reader
+from minicot.data import collate, encode_row, image_reader
 from minicot.metrics import auroc
-from minicot.records import Response, Samples, read_samples, samples_to_row
+from minicot.records import Response, Samples, problem_from_row, read_samples, samples_to_row
 from minicot.runs import write_json, write_jsonl
 from minicot.synthesis import Rates, exhaustive_search, locate_errors, model_rollouts, synthesise
 from minicot.tokenizer import Tokenizer
-from minicot.toy import pictures, teacher
-from minicot.training import pick_device
+from minicot.scoring import score
+from minicot.toy import lines, pictures, teacher
+from minicot.training import pick_device, resolve
 from minicot.weights import load_model
 
 ROLLOUTS, TOKENS = 8, 144  # continuations of a prefix; longest response
@@ -155,3 +160,32 @@ def bel_quality(out, bel, model, samples, *, seed):
         same.append([sum(a == b for a, b in both), len(both)])
     cost = [[ours.counts["prefixes"], others.counts["prefixes"]]]
     write_json(out, {"bel_steps": steps, "bel_first": first, "as_exhaustive": same, "bel_cost": cost})
+
+
+@torch.no_grad()
+def verdicts(folder, rows):
+    """Of a base (minicot/toy/lines.py) and rows of lines with verdicts, {(what a line does: reads, computes;
+    its verdict): for each line, is the right verdict likelier than not?}."""
+    model, tokenizer = load_model(folder, dtype=torch.float32, device="cpu").eval(), Tokenizer(folder)
+    reader, found = image_reader(model, tokenizer, folder), {}
+    for problem in rows:
+        row = encode_row(tokenizer, problem, problem.solution, mode="cot")
+        batch = collate([[row]], tokenizer.pad_id, reader)
+        logps = score(model, batch)[batch.loss_mask].tolist()
+        texts = [tokenizer.decode([token]) for token in row.ids[row.n_prompt :]]
+        places = [j for j in range(1, len(texts)) if texts[j - 1] == "\n" and texts[j] in ("y", "n")]
+        said = problem.solution.splitlines()
+        for place, step, verdict in zip(places, said[::2], said[1::2]):
+            kind = "computes" if " = " in step else "reads"
+            found.setdefault((kind, verdict), []).append(logps[place] > math.log(0.5))
+    return found
+
+
+def main():
+    rows = [problem_from_row(row, "lines", i) for i, row in enumerate(lines.rows("validation", 300, draw=4))]
+    for (kind, verdict), right in sorted(verdicts(resolve("toy-judge"), rows).items()):
+        print(f"a line that {kind}, {verdict}: {sum(right) / len(right):.1%} of {len(right)} judged rightly")
+
+
+if __name__ == "__main__":
+    main()
