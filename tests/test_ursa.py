@@ -37,16 +37,7 @@ def test_the_recipe_declares_what_its_claims_name(tmp_path, monkeypatch):
     ursa.E.check(ursa.CLAIMS)
     models = {model.name: model for model in ursa.E.models}
     ursa.E.models.clear(), ursa.E.reads.clear()
-    assert set(models) == {
-        "sft",
-        "other",
-        "judge",
-        "judge-more",
-        "judge-sums",
-        "judge-last",
-        *ursa.SOURCES,
-        "dpo",
-    }
+    assert set(models) == {"sft", "other", *ursa.SOURCES, "dpo"}
     flags = [
         {k: v for k, v in models[name].flags.items() if k not in ("task", "samples")} for name in ursa.SOURCES
     ]
