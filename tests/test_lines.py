@@ -63,7 +63,16 @@ def test_verdicts_are_counted_where_the_right_one_is_likelier(monkeypatch):
         assert right == [verdict == "yes"] * len(right)
 
 
-def test_the_stages_share_no_problem_id_and_none_with_the_recipe():
+def test_the_shipped_base_judges_lines_and_the_one_that_sees_does_not():
+    rows = [problem_from_row(row, "", i) for i, row in enumerate(lines.rows("validation", 30, draw=4))]
+    share = lambda found: {key: sum(right) / len(right) for key, right in found.items()}
+    judge = share(ursa_labels.verdicts(resolve("toy-judge"), rows))
+    assert min(judge["reads", "yes"], judge["reads", "no"]) > 0.95
+    assert judge["computes", "yes"] > 0.8 and judge["computes", "no"] > 0.3
+    assert max(share(ursa_labels.verdicts(resolve("toy-vision"), rows)).values()) < 0.5
+
+
+def test_the_stages_share_no_problem_id_and_no_picture_with_the_recipe():
     rows = [row for draw in (1, 2) for row in lines.rows("train", 3, kinds=lines.ASKED, draw=draw)]
     assert len({row["id"] for row in rows + lines.sums(2)}) == 14
     assert lines.PART[0] == 2 * ursa.SIZES["taught"]

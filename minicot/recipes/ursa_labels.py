@@ -16,9 +16,9 @@ from minicot.data import collate, encode_row, image_reader
 from minicot.metrics import auroc
 from minicot.records import Response, Samples, problem_from_row, read_samples, samples_to_row
 from minicot.runs import write_json, write_jsonl
+from minicot.scoring import score
 from minicot.synthesis import Rates, exhaustive_search, locate_errors, model_rollouts, synthesise
 from minicot.tokenizer import Tokenizer
-from minicot.scoring import score
 from minicot.toy import lines, pictures, teacher
 from minicot.training import pick_device, resolve
 from minicot.weights import load_model

@@ -20,8 +20,8 @@ toy-vision is shown lines about other pictures of the train split, half of them 
                                                                    5
 
 The verdict stands where a reward model's head will be read, behind a line, and no word but the problem asks
-for it: knowledge that the model has elsewhere does not help the head (recipes/results/ursa.md). Verdicts are
-of a line alone; no mistake is carried on.
+for it: knowledge that the model has elsewhere does not help the head (README.md here). Verdicts are of a line
+alone; no mistake is carried on.
 
     first   verdicts and right numbers (to read again is learned first); half of the rows hold only the lines
             that read
@@ -32,11 +32,11 @@ of a line alone; no mistake is carried on.
 """
 
 import argparse
-import json
 import random
 from dataclasses import replace
 from pathlib import Path
 
+from minicot.toy.base_text import write_rows
 from minicot.toy.pictures import chain, read_from, row_of, scenes, wordings_of, write_step
 from minicot.toy.problems import FACTS, compute, operands
 
@@ -56,31 +56,36 @@ def mistaken(scene, quantity, wording, rng, miscopied=False):
     slip = near(quantity.value, rng)
     if not FACTS[quantity.kind][0]:
         return write_step(scene, quantity, wording, (slip,))
+
+    def line(stated, numbers):
+        """Nothing where the result is not whole and positive, or is the right one after all."""
+        value = compute(quantity.kind, numbers)
+        if value and value > 0 and value != quantity.value:
+            return write_step(scene, stated, wording, (*numbers, value))
+
+    said = None
     if miscopied and rng.random() < 1 / 3:
         numbers, i = [*operands(scene, quantity)], rng.randrange(len(quantity.of))
         numbers[i] = near(numbers[i], rng)
-        value = compute(quantity.kind, tuple(numbers))
-        if value and value > 0 and value != quantity.value:
-            return write_step(scene, quantity, wording, (*numbers, value))
+        said = line(quantity, tuple(numbers))
     others = [
         place
         for place, other in enumerate(scene.quantities)
         if other.item == quantity.item and other != quantity and place not in quantity.of
     ]
-    if quantity.of and others and rng.random() < 0.5:
+    if not said and others and rng.random() < 0.5:
         swapped = rng.randrange(len(quantity.of))
         of = tuple(rng.choice(others) if i == swapped else place for i, place in enumerate(quantity.of))
-        numbers = operands(scene, replace(quantity, of=of))
-        value = compute(quantity.kind, numbers)
-        if value and value > 0 and value != quantity.value:
-            return write_step(scene, replace(quantity, of=of), wording, (*numbers, value))
-    return write_step(scene, quantity, wording, (*operands(scene, quantity), slip))
+        other = replace(quantity, of=of)
+        said = line(other, operands(scene, other))
+    return said or write_step(scene, quantity, wording, (*operands(scene, quantity), slip))
 
 
 def judged(scene, kind, reads, draw=1):
     """A picture's row whose solution is lines with verdicts (kind "verdict": yes, no; "number": the right one
     behind it); reads: only the lines that read, in any order. Another draw has other mistakes; from
-    the second on, in whole chains, four of five lines that read are right."""
+    the second on, in whole chains, four of five lines that read are right; from the fourth on numbers are
+    copied wrongly, too."""
     row, lines = row_of(scene), []
     rng = random.Random(f"{kind} {reads} {scene.id}{f' {draw}' * (draw > 1)}")
     wording = rng.choice(wordings_of(scene))
@@ -145,9 +150,7 @@ def main():
     }
     stages["last"] += sums(3 * n, start=n)
     for name, made in stages.items():
-        with open(out / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in made)
-        print(f"{len(made)} rows -> {out / name}.jsonl")
+        write_rows(made, out / f"{name}.jsonl")
 
 
 if __name__ == "__main__":
