@@ -64,7 +64,7 @@ BUDGETS = {
     **{f"recipes/{name}.py": 110 for name in RECIPES},
     "recipes/llava_verifier.py": 124,
     "recipes/llava_diagnose.py": 112,
-    "recipes/ursa_labels.py": 118,
+    "recipes/ursa_labels.py": 130,
 }
 
 
@@ -135,8 +135,8 @@ def test_files_stay_within_their_budgets():
     )
     assert total <= 5135, total
     assert sum(map(statements, sources(mme_cot))) <= 690
-    assert sum(map(statements, sources(toy))) <= 1160
-    assert sum(map(statements, sources(recipes))) <= 1565
+    assert sum(map(statements, sources(toy))) <= 1225
+    assert sum(map(statements, sources(recipes))) <= 1580
 
 
 def test_the_template_can_be_read():

@@ -1,15 +1,18 @@
-"""Lines with verdicts (minicot/toy/lines.py), and the base that learned from them."""
+"""Lines with verdicts, chains with labels (minicot/toy/lines.py), and the base that learned from them."""
 
 import random
 import re
 
+import pytest
 import torch
 
+from minicot.answers import split_steps
+from minicot.model import RewardModel
 from minicot.recipes import ursa, ursa_labels
-from minicot.records import problem_from_row
 from minicot.tokenizer import Tokenizer
 from minicot.toy import lines, pictures
 from minicot.training import resolve
+from minicot.weights import load_model, save_model
 
 
 def test_a_mistaken_line_is_wrong_and_a_right_one_right_by_the_oracle():
@@ -51,25 +54,82 @@ def test_sums_are_told_right_or_wrong():
         assert len(said) == 16 and "image" not in row
 
 
-def test_verdicts_are_counted_where_the_right_one_is_likelier(monkeypatch):
-    """By a model that always says yes."""
-    rows = [problem_from_row(row, "", i) for i, row in enumerate(lines.rows("validation", 5, draw=4))]
-    yes = Tokenizer(resolve("toy-judge")).encode("y")[0]
-    monkeypatch.setattr(ursa_labels, "score", lambda model, batch: torch.where(batch.ids == yes, -0.1, -2.3))
-    found = ursa_labels.verdicts(resolve("toy-judge"), rows)
-    said = [verdict for row in rows for verdict in row.solution.splitlines()[1::2]]
-    assert sum(map(len, found.values())) == len(said)
-    for (_, verdict), right in found.items():
-        assert right == [verdict == "yes"] * len(right)
+@pytest.mark.parametrize(
+    "way", [lines.slipped, lines.swapped, lines.renamed, lines.confused, lines.miscopied]
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_every_way_to_go_wrong_makes_a_wrong_line_by_the_oracle(way, known):
+    rng, made = random.Random(0), 0
+    for scene in pictures.scenes("train", 80, 0, None):
+        wording, before = pictures.wordings_of(scene)[0], []
+        for place, quantity in enumerate(stated := pictures.chain(scene)):
+            if quantity not in pictures.read_from(scene):
+                line = way(scene, quantity, wording, rng, stated[:place] if known else None)
+                made += line is not None
+                if line:
+                    assert line != pictures.write_step(scene, quantity, wording)
+                    assert pictures.label_steps(scene, [*before, line])[-1] is False, (line, scene.id)
+            before.append(pictures.write_step(scene, quantity, wording))
+    assert made > 20
+
+
+def test_what_is_swapped_has_been_stated_where_something_could():
+    swaps = 0
+    for scene in pictures.scenes("train", 60, 0, None):
+        stated = pictures.chain(scene)
+        for place, quantity in enumerate(stated):
+            could = [scene.quantities[p] for p in lines.others_of(scene, quantity)]
+            taken = [scene.quantities[p] for p in lines.others_of(scene, quantity, stated[:place])]
+            assert taken == [other for other in could if other in stated[:place]] or taken == could
+            swaps += taken != could
+    assert swaps > 40
+
+
+@pytest.mark.parametrize("stage", lines.LABELLED)
+def test_chains_are_labelled_as_the_oracle_does(stage):
+    """Up to the first wrong line and false from there on; about as many are wrong as the stage says."""
+    _, how = lines.LABELLED[stage]
+    drawn = [lines.labelled(scene, 0, **how) for scene in pictures.scenes("train", 200, 0, None)]
+    for one in drawn:
+        [response] = one.responses
+        scene = one.problem.id.rsplit("-", 1)[0]
+        truth = pictures.label_steps(scene, split_steps(response.text))
+        assert response.step_labels == ursa_labels.so_far(truth), response.text
+        assert response.correct == all(response.step_labels) and one.problem.answer == response.answer
+    assert abs(sum(not one.responses[0].correct for one in drawn) / 200 - 0.15 - how.get("share", 0.5)) < 0.1
+
+
+def test_a_reward_models_body_is_a_base_again(tmp_path):
+    base = load_model(resolve("toy-vision"), dtype=torch.float32)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    save_model(RewardModel(base, "prm"), tmp_path / "prm")
+    lines.headless(tmp_path / "prm", tmp_path / "base")
+    after = load_model(tmp_path / "base", dtype=torch.float32).state_dict()
+    assert after.keys() == before.keys() and all(after[name].equal(before[name]) for name in before)
+    assert Tokenizer(tmp_path / "base").decode([5]) == Tokenizer(resolve("toy-vision")).decode([5])
+
+
+def test_a_probe_finds_what_is_there_and_nothing_where_nothing_is(monkeypatch):
+    """Labels that are a direction of the hidden states in lines that compute, chance in those that read."""
+    made = torch.Generator().manual_seed(0)
+
+    def at_lines(folder, sampled):
+        hidden, computes = torch.randn(2000, 8, generator=made), torch.rand(2000, generator=made) < 0.5
+        return hidden, torch.where(computes, hidden[:, 3] > 0, hidden[:, 3].roll(1) > 0), computes
+
+    monkeypatch.setattr(ursa_labels, "at_lines", at_lines)
+    found = ursa_labels.probe("", [], [])
+    assert found["computes"] > 0.99 and abs(found["reads"] - 0.5) < 0.05
 
 
 def test_the_shipped_base_judges_lines_and_the_one_that_sees_does_not():
-    rows = [problem_from_row(row, "", i) for i, row in enumerate(lines.rows("validation", 30, draw=4))]
-    share = lambda found: {key: sum(right) / len(right) for key, right in found.items()}
-    judge = share(ursa_labels.verdicts(resolve("toy-judge"), rows))
-    assert min(judge["reads", "yes"], judge["reads", "no"]) > 0.95
-    assert judge["computes", "yes"] > 0.8 and judge["computes", "no"] > 0.3
-    assert max(share(ursa_labels.verdicts(resolve("toy-vision"), rows)).values()) < 0.5
+    how = lines.LABELLED["last"][1]
+    drawn = [lines.labelled(scene, 0, **how) for scene in pictures.scenes("validation", 160, 0, None)]
+    judge, sees = (
+        ursa_labels.probe(resolve(base), drawn[:80], drawn[80:]) for base in ("toy-judge", "toy-vision")
+    )
+    assert judge["reads"] > 0.95 and judge["computes"] > 0.7
+    assert max(sees.values()) < 0.7
 
 
 def test_the_stages_share_no_problem_id_and_no_picture_with_the_recipe():

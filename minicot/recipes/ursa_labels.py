@@ -4,19 +4,19 @@ a reward model's step scores are, by the toy world's step oracle.
     python -m minicot.recipes.ursa_labels      # how well the base of the reward models judges lines
 """
 
-import math
 import random
 from dataclasses import replace
 
 import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from minicot.answers import split_steps
 from minicot.chat import describe_failures
-from minicot.data import collate, encode_row, image_reader
+from minicot.data import collate, encode_labelled, image_reader
 from minicot.metrics import auroc
-from minicot.records import Response, Samples, problem_from_row, read_samples, samples_to_row
+from minicot.records import Response, Samples, read_samples, samples_to_row
 from minicot.runs import write_json, write_jsonl
-from minicot.scoring import score
+from minicot.scoring import hidden_plain
 from minicot.synthesis import Rates, exhaustive_search, locate_errors, model_rollouts, synthesise
 from minicot.tokenizer import Tokenizer
 from minicot.toy import lines, pictures, teacher
@@ -163,28 +163,49 @@ def bel_quality(out, bel, model, samples, *, seed):
 
 
 @torch.no_grad()
-def verdicts(folder, rows):
-    """Of a base (minicot/toy/lines.py) and rows of lines with verdicts, {(what a line does: reads, computes;
-    its verdict): for each line, is the right verdict likelier than not?}."""
+def at_lines(folder, sampled):
+    """What a base knows where a reward model's head is read, behind each line up to the first wrong one:
+    (hidden states (M,E), labels (M,), whether each line computes (M,))."""
     model, tokenizer = load_model(folder, dtype=torch.float32, device="cpu").eval(), Tokenizer(folder)
-    reader, found = image_reader(model, tokenizer, folder), {}
-    for problem in rows:
-        row = encode_row(tokenizer, problem, problem.solution, mode="cot")
+    reader, found = image_reader(model, tokenizer, folder), []
+    rows, _ = encode_labelled(tokenizer, sampled, mode="cot", kind="prm")
+    for row, one in zip(rows, sampled):
+        n = min(row.step_labels.count(True) + 1, len(row.step_labels))
         batch = collate([[row]], tokenizer.pad_id, reader)
-        logps = score(model, batch)[batch.loss_mask].tolist()
-        texts = [tokenizer.decode([token]) for token in row.ids[row.n_prompt :]]
-        places = [j for j in range(1, len(texts)) if texts[j - 1] == "\n" and texts[j] in ("y", "n")]
-        said = problem.solution.splitlines()
-        for place, step, verdict in zip(places, said[::2], said[1::2]):
-            kind = "computes" if " = " in step else "reads"
-            found.setdefault((kind, verdict), []).append(logps[place] > math.log(0.5))
-    return found
+        hidden = hidden_plain(model, batch)[0, batch.step_ends[0, :n]]
+        computes = [" = " in step for step in split_steps(one.responses[0].text)[:n]]
+        found.append((hidden, torch.tensor(row.step_labels[:n]), torch.tensor(computes)))
+    return tuple(map(torch.cat, zip(*found)))
+
+
+def probe(folder, taught, tested):
+    """{what lines do: AUROC} of a linear probe of a base, a logistic regression on the first rows, on the
+    second (minicot/toy/lines.py, `labelled`)."""
+    (x, y, _), (hidden, labels, computes) = at_lines(folder, taught), at_lines(folder, tested)
+    mean, std, head = x.mean(0), x.std(0), torch.zeros(x.shape[1] + 1, requires_grad=True)
+    logits = lambda x: ((x - mean) / std) @ head[:-1] + head[-1]
+    lbfgs = torch.optim.LBFGS([head], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        lbfgs.zero_grad()
+        value = binary_cross_entropy_with_logits(logits(x), y.float()) + 1e-3 * head.square().sum()
+        value.backward()
+        return value
+
+    lbfgs.step(loss)
+    scores = logits(hidden).tolist()
+    of = lambda kind: [(s, bool(label)) for s, label, c in zip(scores, labels, computes) if bool(c) == kind]
+    return {name: auroc(*zip(*of(kind))) for name, kind in (("reads", False), ("computes", True))}
 
 
 def main():
-    rows = [problem_from_row(row, "lines", i) for i, row in enumerate(lines.rows("validation", 300, draw=4))]
-    for (kind, verdict), right in sorted(verdicts(resolve("toy-judge"), rows).items()):
-        print(f"a line that {kind}, {verdict}: {sum(right) / len(right):.1%} of {len(right)} judged rightly")
+    drawn = [
+        lines.labelled(scene, -1, **lines.LABELLED["last"][1])
+        for scene in pictures.scenes("validation", 1200, 0, None)
+    ]
+    for base in ("toy-judge", "toy-vision"):
+        for does, value in probe(resolve(base), drawn[:600], drawn[600:]).items():
+            print(f"{base}, lines that {does}: AUROC {value:.3f}")
 
 
 if __name__ == "__main__":
