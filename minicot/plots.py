@@ -132,7 +132,7 @@ def over_steps(training, labels, path):
 def step_scores(chains, path):
     """{title: {steps: texts, scores: of each, wrong: its first wrong step or None}} -> a bar a step."""
     fig, panels = figure(
-        5 * len(chains), 0.8 + 0.3 * max(len(one["steps"]) for one in chains.values()), len(chains)
+        7 * len(chains), 0.8 + 0.3 * max(len(one["steps"]) for one in chains.values()), len(chains)
     )
     for axes, (title, one) in zip(panels, chains.items()):
         wrong = len(one["steps"]) if one["wrong"] is None else one["wrong"]

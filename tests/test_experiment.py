@@ -625,7 +625,7 @@ def test_results_of_another_base_or_other_problems_are_of_another_world(toy, mon
 RECIPES = {"aft_main": aft, "aft_all": aft, "mme_cot": mme_cot}
 RECIPES |= {"llava_reasoner": llava_reasoner, "llava_verifier": llava_verifier}
 RECIPES |= {"llava_long": llava_reasoner}
-RECIPES |= {"cot_max": cot_max, "cot_max_text": cot_max_text, "grpo": grpo}
+RECIPES |= {"cot_max": cot_max, "cot_max_text": cot_max_text, "grpo": grpo, "ursa": ursa}
 
 
 JUDGED = [aft, cot_max, cot_max_text, grpo, llava_reasoner, llava_verifier, mme_cot, ursa, ursa_grpo]

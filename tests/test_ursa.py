@@ -117,6 +117,46 @@ def test_labels_are_held_to_the_step_oracle(tmp_path):
     assert found["auroc"] == pytest.approx((right * (wrong - 1) + right / 2) / (right * wrong))
 
 
+def test_what_is_wrong_in_the_chains_that_a_reward_model_chose(tmp_path, monkeypatch, capsys):
+    """Four mistakes of one chain and their score; the lowest is a slip and is chosen nowhere."""
+    [problem] = read_problems("toy-pictures", "validation", limit=1)
+    steps = pictures.row_of(pictures.scene_of(problem.id))["steps"]
+    place = next(i for i, step in enumerate(steps) if " = " in step)
+    read, sum_of = steps[0], steps[place]
+    head, _, result = sum_of.rstrip(".").rpartition(" = ")
+    a, b = (int(part) for part in head.rsplit(" ", 3)[-3::2])
+    other = {"+": (a + 1) + b, "-": (a + 1) - b, "x": (a + 1) * b, "/": 0}[head.split()[-2]]
+    wrong = {
+        "misread": [read.replace(read.split()[-1], "21."), *steps[1:]],
+        "slip": [*steps[:place], f"{head} = {int(result) + 1}.", *steps[place + 1 :]],
+        "operand, person or operation": [
+            *steps[:place],
+            f"{head.rsplit(' ', 3)[0]} {a + 1} {head.split()[-2]} {b} = {other}.",
+        ],
+        "all lines right": steps[:place],
+    }
+    texts = {what: number_steps(lines, problem.answer) for what, lines in wrong.items()}
+    assert {what: ursa_labels.first_mistake(problem.id, text) for what, text in texts.items()} == {
+        what: what for what in wrong
+    }
+    scores = {"misread": 0.9, "slip": 0.1, "operand, person or operation": 0.2, "all lines right": 0.3}
+    responses = [
+        Response(text, False, answer=what[:1], step_scores={"prm": [scores[what]]})
+        for what, text in texts.items()
+    ]
+    right = Response(number_steps(steps, problem.answer), True, answer="x", step_scores={"prm": [0.95]})
+    write_jsonl(tmp_path / "a.jsonl", [samples_to_row(Samples(problem, responses))])
+    write_jsonl(tmp_path / "b.jsonl", [samples_to_row(Samples(problem, [*responses, right]))])
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    best, drawn, alone = ursa_labels.wrong_choices(files)
+    assert best == {"misread": 1} and alone == 1 and drawn == {what: 2 for what in wrong}
+    monkeypatch.setattr("sys.argv", ["", *map(str, files)])
+    ursa_labels.main()
+    said = capsys.readouterr().out
+    assert "misread: 100.0% of the wrong choices, 25.0% of all wrong chains" in said
+    assert "1 wrong choices, 1 of an answer given once; 8 wrong chains" in said
+
+
 def test_auroc_is_the_share_of_pairs_in_order():
     assert auroc([0.1, 0.4, 0.4, 0.8], [0, 0, 1, 1]) == 3.5 / 4
     assert auroc([1, 2], [1, 1]) is None and auroc([1, 2], [0, 0]) is None

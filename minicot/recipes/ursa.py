@@ -17,11 +17,11 @@ majority, the shortest chain, chains of one length, the log-ratio of DPO on the 
 says how right labels and step scores are (ursa_labels.py); it also calls a number wrong that is read wrongly
 and not needed, which rollouts rescue and no misreading touches: labels cannot reach 100 %.
 
-Differs from the paper: the reward models do not start from the SFT model, from which they learn nothing here,
-but from a base that has learned verdicts on lines (--init toy-judge); 8 chains and 8 rollouts, not 16 (the
-temperature, 0.3, is the paper's); a misreading is written anew from the scene, and alters a number by 1 to 3,
-where the paper swaps confusable facts in a model's chain; the head is read at the end of a step's line, no
-marker is added; the oracle stands in for people.
+Differs from the paper: the reward models do not start from the SFT model, from which they learn nothing
+here, but from a base that knows right lines from wrong ones (--init toy-judge); 8 chains and 8 rollouts,
+not 16 (the temperature, 0.3, is the paper's); a misreading is written anew from the scene, and alters a
+number by 1 to 3, where the paper swaps confusable facts in a model's chain; the head is read at the end of
+a step's line, no marker is added; the oracle stands in for people.
 """
 
 from dataclasses import replace

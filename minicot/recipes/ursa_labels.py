@@ -1,10 +1,14 @@
 """Step labels of the recipe ursa: by rollouts (BEL), by a teacher's misreading (MIE); and how right they and
 a reward model's step scores are, by the toy world's step oracle.
 
-    python -m minicot.recipes.ursa_labels      # how well the base of the reward models judges lines
+    python -m minicot.recipes.ursa_labels              # what the base of the reward models knows of lines
+    python -m minicot.recipes.ursa_labels FILE ...     # what is wrong in the chains that a reward model chose
 """
 
 import random
+import re
+import sys
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -20,7 +24,9 @@ from minicot.scoring import hidden_plain
 from minicot.synthesis import Rates, exhaustive_search, locate_errors, model_rollouts, synthesise
 from minicot.tokenizer import Tokenizer
 from minicot.toy import lines, pictures, teacher
+from minicot.toy.problems import compute
 from minicot.training import pick_device, resolve
+from minicot.verifier import aggregate
 from minicot.weights import load_model
 
 ROLLOUTS, TOKENS = 8, 144  # continuations of a prefix; longest response
@@ -198,14 +204,46 @@ def probe(folder, taught, tested):
     return {name: auroc(*zip(*of(kind))) for name, kind in (("reads", False), ("computes", True))}
 
 
+def first_mistake(problem_id, text):
+    """What goes wrong first in a wrong chain, by the oracle."""
+    steps = split_steps(text)
+    labels = pictures.label_steps(problem_id, steps)
+    if all(labels):
+        return "all lines right"
+    if not (said := re.search(r"(\d+) ([-+x/]) (\d+) = (\d+)", steps[labels.index(False)])):
+        return "misread"
+    a, symbol, b, c = said.groups()
+    value = compute(lines.KINDS[symbol], (int(a), int(b)))
+    return "operand, person or operation" if value == int(c) else "slip"
+
+
+def wrong_choices(files):
+    """Of the wrong chains of samples that a reward model has scored: (first mistakes of those with the best
+    mean score, first mistakes of all, how many of the best have an answer that no other sample has)."""
+    best, drawn, alone = Counter(), Counter(), 0
+    for one in (one for file in files for one in read_samples(file) if one.responses):
+        [kind] = one.responses[0].step_scores
+        top = max(one.responses, key=lambda r: aggregate(r.step_scores[kind], "mean"))
+        wrong = [r for r in one.responses if not r.correct]
+        drawn.update(first_mistake(one.problem.id, r.text) for r in wrong)
+        best.update(first_mistake(one.problem.id, r.text) for r in [top] if not r.correct)
+        alone += not top.correct and [r.answer for r in wrong].count(top.answer) == 1
+    return best, drawn, alone
+
+
 def main():
-    drawn = [
-        lines.labelled(scene, -1, **lines.LABELLED["last"][1])
-        for scene in pictures.scenes("validation", 1200, 0, None)
-    ]
+    if files := sys.argv[1:]:
+        best, drawn, alone = wrong_choices(files)
+        for what, n in drawn.most_common():
+            shares = f"{best[what] / best.total():.1%} of the wrong choices, {n / drawn.total():.1%}"
+            print(f"{what}: {shares} of all wrong chains")
+        print(f"{best.total()} wrong choices, {alone} of an answer given once; {drawn.total()} wrong chains")
+        return
+    how = lines.LABELLED["last"][1]
+    drawn = [lines.labelled(scene, -1, **how) for scene in pictures.scenes("validation", 1200, 0, None)]
     for base in ("toy-judge", "toy-vision"):
         for does, value in probe(resolve(base), drawn[:600], drawn[600:]).items():
-            print(f"{base}, lines that {does}: AUROC {value:.3f}")
+            print(f"{base}, a line that {does}: AUROC {value:.3f}")
 
 
 if __name__ == "__main__":

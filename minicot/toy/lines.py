@@ -61,6 +61,7 @@ from minicot.toy.pictures import chain, read_from, row_of, scenes, wordings_of, 
 from minicot.toy.problems import FACTS, compute, operands
 
 ASKED = {"verdict": "", "number": "What is right? "}
+KINDS = {"+": "more", "-": "fewer", "x": "times", "/": "half"}
 PART = (12_000, 8000)  # of the train split: from where, how many pictures; behind those of the recipe ursa
 
 
@@ -120,11 +121,9 @@ def renamed(scene, quantity, wording, rng, among=None):
 
 def confused(scene, quantity, wording, rng, among=None):
     """Another operation on the right numbers."""
-    kinds = {"+": "more", "-": "fewer", "x": "times", "/": "half"}
-    kinds.pop(FACTS[quantity.kind][0])
     a, b = operands(scene, quantity)
-    for symbol in rng.sample([*kinds], 3):
-        value = compute(kinds[symbol], (a, b)) if symbol != "/" or b == 2 else None
+    for symbol in rng.sample([sign for sign in KINDS if sign != FACTS[quantity.kind][0]], 3):
+        value = compute(KINDS[symbol], (a, b)) if symbol != "/" or b == 2 else None
         if value and value > 0 and value != quantity.value:
             return write_step(scene, quantity, wording, (a, b, value), symbol)
 
@@ -220,7 +219,7 @@ def labelled(scene, draw, *, seed="prm", ways=None, share=0.5, known=False):
     """A whole chain as Samples of one response. This share of them has a mistake in a line that computes,
     15 % one in a line that reads; step_labels are false from there on. ways: of the mistakes in lines that
     compute, with weights; None: as `mistaken` makes them. known: what is swapped has been stated, of whom a
-    step speaks wrongly has not."""
+    step speaks wrongly has not. The last line gives the right answer all the same."""
     rng = random.Random(f"{seed} {scene.id} {draw}")
     row, wording, stated = row_of(scene), rng.choice(wordings_of(scene)), chain(scene)
     reads, u, wrong = [quantity in read_from(scene) for quantity in stated], rng.random(), None
