@@ -213,7 +213,7 @@ def first_mistake(problem_id, text):
     if not (said := re.search(r"(\d+) ([-+x/]) (\d+) = (\d+)", steps[labels.index(False)])):
         return "misread"
     a, symbol, b, c = said.groups()
-    value = compute(lines.KINDS[symbol], (int(a), int(b)))
+    value = compute(lines.OPERATIONS[symbol], (int(a), int(b)))
     return "operand, person or operation" if value == int(c) else "slip"
 
 

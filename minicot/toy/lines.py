@@ -58,10 +58,10 @@ from safetensors.torch import load_file, save_file
 from minicot.records import Response, Samples, problem_from_row, samples_to_row
 from minicot.toy.base_text import write_rows
 from minicot.toy.pictures import chain, read_from, row_of, scenes, wordings_of, write_step
-from minicot.toy.problems import FACTS, compute, operands
+from minicot.toy.problems import FACTS, LINKS, compute, operands
 
 ASKED = {"verdict": "", "number": "What is right? "}
-KINDS = {"+": "more", "-": "fewer", "x": "times", "/": "half"}
+OPERATIONS = {FACTS[kind][0]: kind for kind in LINKS}  # sign: kind
 PART = (12_000, 8000)  # of the train split: from where, how many pictures; behind those of the recipe ursa
 
 
@@ -122,16 +122,17 @@ def renamed(scene, quantity, wording, rng, among=None):
 def confused(scene, quantity, wording, rng, among=None):
     """Another operation on the right numbers."""
     a, b = operands(scene, quantity)
-    for symbol in rng.sample([sign for sign in KINDS if sign != FACTS[quantity.kind][0]], 3):
-        value = compute(KINDS[symbol], (a, b)) if symbol != "/" or b == 2 else None
+    for symbol in rng.sample([sign for sign in OPERATIONS if sign != FACTS[quantity.kind][0]], 3):
+        value = compute(OPERATIONS[symbol], (a, b)) if symbol != "/" or b == 2 else None
         if value and value > 0 and value != quantity.value:
             return write_step(scene, quantity, wording, (a, b, value), symbol)
 
 
 def slipped(scene, quantity, wording, rng, among=None):
     """A wrong result: near, ten off, or far."""
-    value = near(quantity.value, rng) if rng.random() < 0.6 else 0
-    if not value:
+    if rng.random() < 0.6:
+        value = near(quantity.value, rng)
+    else:
         far = (quantity.value + 2 * rng.randint(1, 20), max(1, quantity.value - rng.randint(4, 15)))
         far = (quantity.value + 10, quantity.value - 10, *far)
         value = rng.choice([m for m in far if m > 0 and m != quantity.value])
@@ -193,7 +194,7 @@ def sums(n, *, start=0):
     for i in range(start, start + n):
         rng, lines = random.Random(f"sums {i}"), []
         for k in range(1, 9):
-            kind = rng.choice(("more", "fewer", "times", "half"))
+            kind = rng.choice(LINKS)
             a, b, few = rng.randint(1, 40), rng.randint(1, 20), rng.randint(2, 5)
             a, b = {"fewer": (a + b, b), "times": (a, few), "half": (2 * a, 2)}.get(kind, (a, b))
             value, right = compute(kind, (a, b)), rng.random() < 0.5
