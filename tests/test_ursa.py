@@ -14,7 +14,7 @@ from minicot.recipes import ursa, ursa_grpo, ursa_labels
 from minicot.runs import write_jsonl
 from minicot.sets import read_problems
 from minicot.synthesis import number_steps
-from minicot.toy import pictures
+from minicot.toy import pictures, teacher
 
 
 def written(path, *sampled):
@@ -118,7 +118,7 @@ def test_labels_are_held_to_the_step_oracle(tmp_path):
 
 
 def test_what_is_wrong_in_the_chains_that_a_reward_model_chose(tmp_path, monkeypatch, capsys):
-    """Four mistakes of one chain and their score; the lowest is a slip and is chosen nowhere."""
+    """Four mistakes of one chain, with scores; first_error names them in numbered steps, too."""
     [problem] = read_problems("toy-pictures", "validation", limit=1)
     steps = pictures.row_of(pictures.scene_of(problem.id))["steps"]
     place = next(i for i, step in enumerate(steps) if " = " in step)
@@ -128,18 +128,15 @@ def test_what_is_wrong_in_the_chains_that_a_reward_model_chose(tmp_path, monkeyp
     other = {"+": (a + 1) + b, "-": (a + 1) - b, "x": (a + 1) * b, "/": 0}[head.split()[-2]]
     wrong = {
         "misread": [read.replace(read.split()[-1], "21."), *steps[1:]],
-        "slip": [*steps[:place], f"{head} = {int(result) + 1}.", *steps[place + 1 :]],
-        "operand, person or operation": [
-            *steps[:place],
-            f"{head.rsplit(' ', 3)[0]} {a + 1} {head.split()[-2]} {b} = {other}.",
-        ],
-        "all lines right": steps[:place],
+        "arithmetic": [*steps[:place], f"{head} = {int(result) + 1}.", *steps[place + 1 :]],
+        "look-up": [*steps[:place], f"{head.rsplit(' ', 3)[0]} {a + 1} {head.split()[-2]} {b} = {other}."],
+        "answer": steps[:place],
     }
     texts = {what: number_steps(lines, problem.answer) for what, lines in wrong.items()}
-    assert {what: ursa_labels.first_mistake(problem.id, text) for what, text in texts.items()} == {
+    assert {what: teacher.first_error(problem.id, text) for what, text in texts.items()} == {
         what: what for what in wrong
     }
-    scores = {"misread": 0.9, "slip": 0.1, "operand, person or operation": 0.2, "all lines right": 0.3}
+    scores = {"misread": 0.9, "arithmetic": 0.1, "look-up": 0.2, "answer": 0.3}
     responses = [
         Response(text, False, answer=what[:1], step_scores={"prm": [scores[what]]})
         for what, text in texts.items()

@@ -6,7 +6,6 @@ a reward model's step scores are, by the toy world's step oracle.
 """
 
 import random
-import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -24,7 +23,6 @@ from minicot.scoring import hidden_plain
 from minicot.synthesis import Rates, exhaustive_search, locate_errors, model_rollouts, synthesise
 from minicot.tokenizer import Tokenizer
 from minicot.toy import lines, pictures, teacher
-from minicot.toy.problems import compute
 from minicot.training import pick_device, resolve
 from minicot.verifier import aggregate
 from minicot.weights import load_model
@@ -204,29 +202,17 @@ def probe(folder, taught, tested):
     return {name: auroc(*zip(*of(kind))) for name, kind in (("reads", False), ("computes", True))}
 
 
-def first_mistake(problem_id, text):
-    """What goes wrong first in a wrong chain, by the oracle."""
-    steps = split_steps(text)
-    labels = pictures.label_steps(problem_id, steps)
-    if all(labels):
-        return "all lines right"
-    if not (said := re.search(r"(\d+) ([-+x/]) (\d+) = (\d+)", steps[labels.index(False)])):
-        return "misread"
-    a, symbol, b, c = said.groups()
-    value = compute(lines.OPERATIONS[symbol], (int(a), int(b)))
-    return "operand, person or operation" if value == int(c) else "slip"
-
-
 def wrong_choices(files):
-    """Of the wrong chains of samples that a reward model has scored: (first mistakes of those with the best
-    mean score, first mistakes of all, how many of the best have an answer that no other sample has)."""
+    """Of the wrong chains of samples that a reward model has scored: (the first errors, by
+    teacher.first_error, of those with the best mean score; of all; how many of the best have an answer that
+    no other sample has)."""
     best, drawn, alone = Counter(), Counter(), 0
     for one in (one for file in files for one in read_samples(file) if one.responses):
         [kind] = one.responses[0].step_scores
         top = max(one.responses, key=lambda r: aggregate(r.step_scores[kind], "mean"))
         wrong = [r for r in one.responses if not r.correct]
-        drawn.update(first_mistake(one.problem.id, r.text) for r in wrong)
-        best.update(first_mistake(one.problem.id, r.text) for r in [top] if not r.correct)
+        drawn.update(teacher.first_error(one.problem.id, r.text) for r in wrong)
+        best.update(teacher.first_error(one.problem.id, r.text) for r in [top] if not r.correct)
         alone += not top.correct and [r.answer for r in wrong].count(top.answer) == 1
     return best, drawn, alone
 

@@ -243,8 +243,8 @@ EQUATION = r"({}) (\d+) ([-+x/]) (\d+) = (\d+)( more)?"
 
 
 def first_error(problem_id, text):
-    """What the first wrong step of a chain (in the wording "because") does: one of ERRORS."""
-    scene, steps = scene_of(problem_id), split_steps(text)
+    """What the first wrong step of a chain (in the wording "because", numbered or not) does, of ERRORS."""
+    scene, steps = scene_of(problem_id), [re.sub(r"^Step \d+: ", "", step) for step in split_steps(text)]
     labels = label_steps(scene, steps)
     if False not in labels:
         return "answer"
