@@ -5,7 +5,8 @@ An Endpoint is such a callable for a server that speaks OpenAI's chat completion
 parts, {"type": "text", "text"} and `picture`s.
 
 The key comes from the environment variable MINICOT_API_KEY, read when a request is sent and kept nowhere. It
-is no part of a cache entry, a log, a repr or an error, and without it none is sent.
+is no part of a cache entry, a log, a repr or an error, and without it none is sent. A reply that repeats it
+is refused.
 
 huggingface_hub carries the requests, by its get_session. Its InferenceClient is not used: for a URL it
 rewrites a JSON schema into TGI's dialect, which other servers ignore in silence; it sends the user's Hugging
@@ -37,6 +38,7 @@ from minicot.errors import InputError
 KEY = "MINICOT_API_KEY"
 FINISHES = {"stop": "stop", "eos_token": "stop", "stop_sequence": "stop", "length": "length"}
 LONGEST_WAIT = 300.0  # seconds; a server that asks for more is not waited for
+SECRET = 12  # characters; a shorter key ("EMPTY") is a word that a reply may hold
 SHUT_OUT = 16  # requests that a server may turn away, or not be there for, before it is left alone
 
 
@@ -66,11 +68,11 @@ class Endpoint:
     JSON then counts as broken. `cache`: a folder with one file a reply, whose name is the digest of the whole
     request; a corrupt file is ignored, counted and replaced; failures are not kept.
 
-    Time-outs (`timeout` seconds without a byte), lost connections, HTTP 408, 429 and 5xx and broken replies
-    are tried again, `tries` times in all, after about `backoff`, 2 `backoff`, 4 `backoff`, ... seconds and
-    the seconds of a Retry-After. Other statuses are not. `events` lists what happened: "sent", "again",
-    "cached", "corrupt", and, at a request's end, "let in" or "shut out". InputError: a url with credentials,
-    a key that is no header, HF_HUB_OFFLINE."""
+    Time-outs (`timeout` seconds without a byte, or in all for a reply's body), lost connections, HTTP 408,
+    429 and 5xx and broken replies are tried again, `tries` times in all, after about `backoff`, 2 `backoff`,
+    4 `backoff`, ... seconds and the seconds of a Retry-After. Other statuses are not. `events` lists what
+    happened: "sent", "again", "cached", "corrupt", and, at a request's end, "let in" or "shut out".
+    InputError: a url with credentials, a key that is no header, HF_HUB_OFFLINE."""
 
     url: str
     model: str
@@ -153,16 +155,21 @@ class Endpoint:
         self.events.append("sent")
         options = dict(content=content, headers=headers(), timeout=self.timeout)
         try:
-            response = get_session().post(self.address, **options)
+            with get_session().stream("POST", self.address, **options) as response:
+                ends, body = time.monotonic() + self.timeout, b""
+                for piece in response.iter_bytes():
+                    body += piece
+                    if time.monotonic() > ends:  # byte by byte it may go on for ever
+                        raise TimeoutError(f"after {self.timeout:g} s its reply has not ended")
         except Exception as error:  # noqa: BLE001 - of httpx or httpx2, as huggingface_hub has it
             reason = type(error).__name__
             raise ChatError(reason, legible(error), retry=True, shut_out="Connect" in reason) from None
         status, after = response.status_code, response.headers.get("retry-after", "")
         if status == 200:
-            return self.parsed(response.content)
+            return self.parsed(body)
         raise ChatError(
             f"HTTP {status}",
-            legible(response.text),
+            legible(body.decode(errors="replace")),
             retry=status in (408, 429) or status >= 500,
             wait=float(after) if after.isdecimal() else 0.0,
             shut_out=status in (401, 403, 404),
@@ -176,10 +183,12 @@ class Endpoint:
             reply.text.encode()  # half a character is no text
             if self.schema is not None:
                 json.loads(reply.text)
-            return reply
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            start = legible(content.decode(errors="replace"))
-            raise ChatError("broken reply", f"{error!r:.60} in {start!r}", retry=True) from None
+            start, what = legible(content.decode(errors="replace")), legible(repr(error))
+            raise ChatError("broken reply", f"{what:.60} in {start!r}", retry=True) from None
+        if len(key()) >= SECRET and key() in reply.text:
+            raise ChatError("it repeats the key")
+        return reply
 
     # ---- the cache
 
@@ -214,16 +223,22 @@ class Endpoint:
 
 def headers():
     """The headers of a request. InputError where the key is none that HTTP can carry."""
-    key = os.environ.get(KEY, "").strip()
-    if not re.fullmatch(r"[!-~]*", key):
+    if not re.fullmatch(r"[!-~]*", key()):
         raise InputError(f"{KEY} holds a blank or another character that no key has; allowed: ASCII")
-    return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key()}"} if key() else {})
+
+
+def key():
+    """The key, "" where there is none."""
+    return os.environ.get(KEY, "").strip()
 
 
 def legible(text):
-    """What a server or the network says, without the key that it may repeat, on one line, cut short."""
-    key = os.environ.get(KEY, "").strip()
-    text = str(text).replace(key, "***") if key else str(text)
+    """What a server or the network says, without the key that it may repeat (as it is, or as JSON or Python
+    write it), on one line, cut short."""
+    text, written = str(text), [key(), json.dumps(key())[1:-1], repr(key())[1:-1]]
+    for form in {*written, *(form.replace("/", r"\/") for form in written)} - {""}:
+        text = text.replace(form, "***")
     return " ".join(text.split())[:200]
 
 

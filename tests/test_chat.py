@@ -33,6 +33,15 @@ def completion(text, finish="stop"):
     }
 
 
+class Slow(bytes):
+    """A content that is sent a byte every 50 ms."""
+
+    def __iter__(self):
+        for place in range(len(self)):
+            time.sleep(0.05)
+            yield self[place : place + 1]
+
+
 class Server:
     """`plan` maps a request (body, headers, path, number) to what is sent: an object, (status, headers,
     bytes), a text to reply with, or a number of seconds after which the server hangs up without a word."""
@@ -69,7 +78,8 @@ class Server:
                     for name, value in {"Content-Length": len(content), **headers}.items():
                         self.send_header(name, str(value))
                     self.end_headers()
-                    self.wfile.write(content)
+                    for piece in content if isinstance(content, Slow) else [content]:
+                        self.wfile.write(piece)
                 except OSError:
                     pass  # the client has left
 
@@ -403,6 +413,40 @@ def test_the_key_is_sent_and_kept_nowhere(serve, tmp_path, monkeypatch, caplog, 
     texts = [str(error.value), repr(error.value), repr(chat), chat.preview(HELLO), caplog.text, written]
     for text in [*texts, shown.out, shown.err, json.dumps(server.seen[0].body), repr(vars(chat))]:
         assert SECRET not in text and SECRET[:15] not in text
+
+
+@pytest.mark.parametrize("key", [SECRET, "sk/of-a\\path/0123456789"])
+def test_no_reply_brings_the_key_into_an_error_or_the_cache(serve, tmp_path, monkeypatch, key):
+    monkeypatch.setenv(KEY, key)
+    escaped = json.dumps({"error": key}).replace("/", r"\/").encode()
+    replies = [
+        completion(f"It is {key}."),
+        completion("Hi", finish=key),
+        completion(f"{'x' * 40}{key}\ud800"),
+    ]
+    for made in [*replies, (400, {}, escaped), (200, {}, escaped)]:
+        with pytest.raises(ChatError) as error:
+            endpoint(serve(lambda request: made), cache=tmp_path, tries=1)(HELLO)  # noqa: B023
+        assert key[:12] not in str(error.value) and key[-10:] not in str(error.value), made
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_short_key_is_a_word_that_a_reply_may_hold(serve, monkeypatch):
+    monkeypatch.setenv(KEY, "EMPTY")
+    assert endpoint(serve(in_turn("The set is EMPTY.")))(HELLO) == "The set is EMPTY."
+
+
+def test_a_reply_that_trickles_is_given_up(serve):
+    """No single byte takes as long as the time-out."""
+
+    def trickle(request):
+        content = json.dumps(completion("Hi." + " " * 100)).encode()
+        return 200, {}, Slow(content)
+
+    began = time.monotonic()
+    with pytest.raises(ChatError, match="TimeoutError: after 0.5 s its reply has not ended"):
+        endpoint(serve(trickle), timeout=0.5, tries=1)(HELLO)
+    assert 0.5 <= time.monotonic() - began < 3
 
 
 def test_no_key_means_none_sent_not_even_hugging_faces(serve, monkeypatch):
