@@ -27,8 +27,9 @@ _BARE_LETTER = re.compile(r"([A-E])(?:[).:](?!\w)|$)")  # "B", "B.", "B) a pen",
 _LONE_LETTER = re.compile(r"\(?([A-E])\)?\.?")
 _STEP_HEAD = re.compile(r"(?:\*\*)?step \d+\s*(?::|\.(?!\d))", re.IGNORECASE)
 _ANSWER_LINE = re.compile(
+    r"[>*_\s-]*(?:#{1,3}\s+[>*_\s-]*)?(?:"  # Markdown around it
     r"####(?!#)|###\s*answer\s*:|†\s*answer\s*:|answer\s*:|\$?\\boxed\{|"
-    r"(?:(?:so|thus|hence|therefore),? )?the (?:final |correct )?answer is\b",
+    r"(?:(?:so|thus|hence|therefore),? )?the (?:final |correct )?answer is\b)",
     re.IGNORECASE,
 )
 
@@ -57,8 +58,8 @@ def extract_answer(text: str, style: str) -> str | None:
     style: "hash" `#### x`, "answer" `### Answer: x`, "dagger" `†Answer: x`, "sentence" `The answer is x`,
     "boxed" `\boxed{x}` (braces nest), "letter" an option A-E (`The answer is (B)`, `Answer: B`, `#### B`, or
     a last line that is only `(B)` or `B`; returned as the capital letter). The last marker wins. The answer
-    runs to the end of its line (boxed: to its brace); spaces, a trailing period and a wrapping `$...$`,
-    `\(...\)` are dropped. ValueError for an unknown style.
+    runs to the end of its line (boxed: to its brace); spaces, a trailing period, the asterisks of Markdown's
+    bold and a wrapping `$...$`, `\(...\)` are dropped. ValueError for an unknown style.
     """
     if style == "letter":
         return _extract_letter(text)
@@ -78,6 +79,7 @@ def _after_last(marker: re.Pattern, text: str) -> str | None:
 def _trim(answer: str) -> str:
     while True:
         before, answer = answer, answer.strip().removesuffix(".").rstrip()
+        answer = answer.removeprefix("**").removesuffix("**")
         if len(answer) > 2 and answer[0] == answer[-1] == "$" and "$" not in answer[1:-1]:
             answer = answer[1:-1]
         if answer.startswith(r"\(") and answer.endswith(r"\)"):
@@ -193,8 +195,8 @@ def split_steps(text: str) -> list[str]:
     blank and answer lines.
 
     One step a line; a line "Step k: ..." opens a block that also takes the lines below it, up to the next
-    "Step". A line that begins with an answer marker of any style (or is a lone option letter) is the final
-    answer and no step.
+    "Step". A line that begins with an answer marker of any style, also in bold, a heading, a quote or a list
+    (or is a lone option letter), is the final answer and no step.
     """
     lines = lambda step: filter(None, (line.strip() for line in step.splitlines()))
     return ["\n".join(lines(text[start:end])) for start, end in step_spans(text)]

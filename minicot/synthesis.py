@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from minicot.answers import extract_answer, number_steps, split_steps, step_spans
+from minicot.answers import extract_answer, normalize, number_steps, split_steps, step_spans
 from minicot.chat import ChatError, many, picture
 from minicot.data import IMAGE, grade, open_pictures, render, seed_of
 from minicot.errors import InputError
@@ -70,15 +70,17 @@ ANSWER_LINE = re.compile(r"\s*†\s*answer\s*:", re.IGNORECASE)
 TAG = re.compile(r"\s*<(pos|neg)>$")
 # A step that leans on the answer it was told, or doubts it; a step that gives the misreading away.
 ASSUMES = re.compile(
-    r"\b(?:assum|suppos|trust|accept|believ)\w*\b[^.\n]{0,60}\banswer\b|"
-    r"\banswer (?:that )?(?:is |was )?(?:given|provided)\b|"
-    r"\b(?:given|provided|stated|expected|reference) answer\b|\b(?:match|fit|reach)\w* the answer\b|"
-    r"\banswer\b[^.\n]{0,40}\b(?:wrong|incorrect|mistaken)\b",
+    r"\b(?:assum|suppos|trust|accept|believ)\w*\b[^.\n]{0,60}\banswer\b|\bdoubt\w*\b|"
+    r"\b(?:know|known|told|since|because|as) (?:that )?the (?:answer|solution) (?:is|was|must|has|equals)\b|"
+    r"\b(?:answer|solution) (?:that )?(?:is |was )?(?:given|provided|known|supplied)\b|"
+    r"\b(?:given|provided|stated|known|expected|reference|gold|official) (?:answer|solution)\b|"
+    r"\banswer key\b|\b(?:match|fit|reach)\w* the answer\b|"
+    r"\banswer\b[^.\n]{0,40}\b(?:wrong|incorrect|mistaken|as (?:given|provided|stated))\b",
     re.IGNORECASE,
 )
 TELLS = re.compile(
     r"\b(?:alter(?:ed|ation)|misread\w*|misinterpret\w*|deliberate\w*|on purpose|mistake\w*|incorrect\w*|"
-    r"wrong\w*)\b",
+    r"wrong\w*|I (?:have )?(?:changed?|swapp?(?:ed)?|replaced?)|instead of \S+ I)\b",
     re.IGNORECASE,
 )
 
@@ -167,8 +169,9 @@ def teach(problem, task, teacher, judge=None):
 
 def misinterpret(problem, teacher):
     """One problem with a right solution (in FORM, as teach makes it) -> a wrong Response with `step_labels`
-    (MIE). ChatError: tags are missing or turn back to <pos>, none is <neg>, the answer is still right, or the
-    text gives the change away. InputError: the solution's answer is not the problem's."""
+    (MIE). ChatError: tags are missing or turn back to <pos>, none is <neg>, the answer is still right or not
+    of the kind of the problem's (number, choice, text), or the text gives the change away. InputError: the
+    solution's answer is not the problem's."""
     asked = request(problem, "misinterpret")
     if not grade(problem, problem.solution, mode="cot", style="dagger")[1]:
         raise InputError(
@@ -185,6 +188,10 @@ def misinterpret(problem, teacher):
         raise ChatError("no <neg>" if all(labels) else "<pos> behind <neg>", str(labels))
     if correct:
         raise ChatError("the answer is still right", answer)
+    if normalize(answer)[0] != normalize(problem.answer)[0]:
+        raise ChatError(
+            "an answer of another kind", f"{answer!r:.40}, the problem's is {problem.answer!r:.40}"
+        )
     if said := TELLS.search("\n".join(steps)):
         raise ChatError("it gives the change away", repr(said[0]))
     return Response(text, False, answer=answer, step_labels=labels, meta={"synthesis": "misinterpret"})

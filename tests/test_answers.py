@@ -214,6 +214,12 @@ def test_missing_answers_never_vote():
         "Answer: (B)",
         "(B)",
         "So the answer is 7",
+        "**†Answer:** 7",
+        "### †Answer: 7",
+        "- †Answer: 7",
+        "> ### **Answer: 7**",
+        "* **The answer is 7.**",
+        "## #### 7",
     ],
 )
 def test_the_answer_line_of_any_style_is_no_step(last):
@@ -230,6 +236,19 @@ def test_a_number_with_a_fraction_is_no_step_number():
         "Step 1. pour\nStep 2.5 l away",
         "Step 2: fill",
     ]
+
+
+def test_marks_of_a_list_alone_make_no_answer_line_and_many_of_them_take_no_time():
+    for text in ("- 3 + 4 = 7", "**Step 1:** 3", "### Adding", "-" * 5000, "> " * 5000, "# " * 5000):
+        assert split_steps(text) == [text.strip()]
+
+
+@pytest.mark.parametrize(
+    "text, style",
+    [("**†Answer:** 7", "dagger"), ("#### **7**", "hash"), ("**The answer is 7.**", "sentence")],
+)
+def test_bold_answers_are_read(text, style):
+    assert extract_answer(text, style) == "7"
 
 
 def test_empty_text_has_no_steps():

@@ -144,6 +144,14 @@ def test_a_good_reply_becomes_the_problems_solution():
         "Trusting the annotated answer, 10.",
         "The answer that was provided says 10.",
         "But the answer 10 seems to be wrong.",
+        "Since we know the answer is 10, 3 + 7 = 10.",
+        "As the answer must be 10, we add.",
+        "We are told that the answer equals 10.",
+        "The gold answer is 10.",
+        "The correct answer should be 10, as provided.",
+        "The answer key says 10.",
+        "The reference solution says 10.",
+        "I doubt that 10 is right, but 3 + 7 = 10.",
     ],
 )
 def test_a_step_that_leans_on_the_answer_is_refused(step):
@@ -154,10 +162,12 @@ def test_a_step_that_leans_on_the_answer_is_refused(step):
 
 
 def test_ordinary_steps_lean_on_nothing():
-    text = (
-        "Step 1: Assume x > 0, so x = 3.\nStep 2: Given 3 and 7, the sum is the correct answer.\n†Answer: 10"
-    )
-    assert teach(ANA, "expand", lambda messages: text).solution == text
+    for steps in (
+        ["Assume x > 0, so x = 3.", "Given 3 and 7, the sum is the correct answer."],
+        ["We know 3 + 4 = 7, so the answer is 3 + 7 = 10.", "We take 10 as the answer."],
+    ):
+        text = number_steps(steps, "10")
+        assert teach(ANA, "expand", lambda messages: text).solution == text
 
 
 def test_the_judge_has_the_last_word_and_sees_no_gold_answer():
@@ -228,6 +238,9 @@ def test_a_misinterpretation_is_a_wrong_response_with_labels():
         (": 12", ": 10", "the answer is still right"),
         ("Together", "With the altered number", "it gives the change away"),
         ("Together", "Wrongly together", "it gives the change away"),
+        ("Together", "I changed the 3 to 5. Together", "it gives the change away"),
+        ("Together", "Instead of 3 I read 5. Together", "it gives the change away"),
+        (": 12", ": banana", "an answer of another kind"),
     ],
 )
 def test_a_bad_misinterpretation_is_refused(old, new, reason):
