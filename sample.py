@@ -395,6 +395,10 @@ def verify(config, device):
     if all(samples.problem.answer is not None for samples in scored):
         for n, ways in curves(scored, name, sizes=[2**i for i in range(14) if 2**i <= most]).items():
             print(f"n = {n}: " + ", ".join(f"{way} {sum(v) / len(v):.1%}" for way, v in ways.items()))
+    responses = [response for samples in scored for response in samples.responses]
+    if blank := sum((r.step_scores or {}).get(name) == [] for r in responses):
+        why = "they have no step, or are longer than the model's context"
+        print(f"{blank} of {len(responses)} responses were not judged and have the score 0: {why}")
     print(f"{len(scored)} problems scored -> {out}")
 
 

@@ -140,7 +140,8 @@ def as_drawn(tokenizer, samples, config):
     for k, r in enumerate(drawn):
         fields = dict(ids=r.ids, finish=r.finish, reward=r.reward, correct=r.correct)
         if by_step:
-            fields["advantages"] = tuple(worth[k][j] for j in step_of_token(tokenizer, r))
+            steps = step_of_token(tokenizer, r) if r.step_scores["prm"] else [0] * len(r.ids)
+            fields["advantages"] = tuple(worth[k][j] for j in steps)
         rows.append(encode_row(*asked, r.text, mode=config.mode, **fields))
     return rows
 

@@ -24,7 +24,7 @@ from minicot.config import check, handle_signals
 from minicot.errors import InputError
 from minicot.parallel import first, from_first, gathered, largest, placed
 from minicot.tokenizer import FILES, Tokenizer
-from minicot.training import mfu, weights_digest
+from minicot.training import mfu, resolve, weights_digest
 from minicot.weights import load_model, read_json, save_model
 
 
@@ -190,9 +190,12 @@ class Run:
             self.out.rmdir()
 
     def begin(self, init, data_digest=None):
-        """Before anything is written: settings.json. --resume needs the same settings, weights in the folder
-        `init` and data. (The digest of the data is None as long as samples are being drawn.)"""
+        """Before anything is written: settings.json. --resume needs the same settings, data and weights in
+        the folder `init`, --ref and --verifier. (The data's digest is None while samples are being drawn.)"""
         digests = {"init_digest": weights_digest(init), "data_digest": data_digest}
+        for name in ("ref", "verifier"):
+            if folder := getattr(self.config, name, ""):
+                digests[f"{name}_digest"] = weights_digest(resolve(folder))
         settings = dataclasses.asdict(self.config) | digests
         settings = {name: value for name, value in settings.items() if name not in PER_CALL}
         if self.config.resume:

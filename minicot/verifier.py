@@ -90,6 +90,11 @@ def log_ratios(model, ref, tokenizer, groups, **options):
     return values_of(difference, model, tokenizer, groups, **options)
 
 
+def context_of(model, sampled, reader):
+    """How many tokens a Row of the Samples may have."""
+    return longest_row(model.config.max_position_embeddings, [samples.problem for samples in sampled], reader)
+
+
 def rows_of(tokenizer, samples, mode):
     """A question's Samples -> a Row for each response."""
     return [
@@ -106,9 +111,16 @@ def log_ratio_scores(
     """Yield the Samples with scores[name] = sum over the response of log pi(y|x) - log pi_ref(y|x); without a
     ref, of log pi(y|x). With `words` over its first words alone, as DPO sees it where it is trained on
     truncate_words; with `tokens` also `tokens`, the scored tokens as texts, and token_scores[name], the
-    log-ratio of each. InputError where token_scores are there that are of other tokens."""
+    log-ratio of each. InputError: token_scores are there that are of other tokens; a response is longer than
+    the model's context."""
     seen = truncate_words(sampled, words) if words else sampled
     groups = [rows_of(tokenizer, samples, mode) for samples in seen]
+    longest = context_of(model, sampled, reader)
+    for row in (row for rows in groups for row in rows if len(row.ids) > longest):
+        raise InputError(
+            f"problem {row.problem_id!r}: a response of {len(row.ids)} tokens with its prompt; allowed: up "
+            f"to {longest}, the model's context (--truncate-words scores the beginning alone)"
+        )
     ratios = log_ratios(model, ref, tokenizer, groups, reader=reader, batch_size=batch_size)
     for samples, rows in zip(sampled, groups):
         scored = []
@@ -130,9 +142,12 @@ def log_ratio_scores(
 
 def reward_scores(model, tokenizer, sampled, *, name, mode, how="mean", reader=None, batch_size=64):
     """Yield the Samples with what a RewardModel makes of them: step_scores[name], for each step (an ORM: the
-    whole response) the probability that all is right so far, and scores[name], their aggregate `how`."""
+    whole response) the probability that all is right so far, and scores[name], their aggregate `how`. One
+    without a step, or longer than the model's context, has no step_scores: [], and the score 0."""
     encode = partial(encode_judged, tokenizer, mode=mode, kind=model.kind)
+    longest = context_of(model, sampled, reader)
     judged = [[encode(samples.problem, response) for response in samples.responses] for samples in sampled]
+    judged = [[row if row and len(row.ids) <= longest else None for row in rows] for rows in judged]
     groups = [[row for row in rows if row] for rows in judged]
     options = dict(reader=reader, batch_size=batch_size, what="step scores")
     logits = lambda batch: (step_logits(model, batch), batch.step_ends >= 0)
@@ -167,7 +182,7 @@ def assess(
     token). "left_out" counts what is missing. `watch` is handed each list of groups as work on it begins
     (tqdm). metrics.assessment makes numbers of this."""
     problems = [samples.problem for samples in sampled]
-    longest = longest_row(model.config.max_position_embeddings, problems, reader)
+    longest = context_of(model, sampled, reader)
     groups, left_out = make_groups(tokenizer, sampled, mode=mode, max_length=longest, reference=reference)
     solved = [p for p in problems if (p.answer if mode == "direct" else p.solution) is not None]
     solutions = [encode_row(tokenizer, p, target(p, mode), mode=mode) for p in solved]

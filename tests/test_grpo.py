@@ -515,6 +515,32 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.parametrize("kl", [0.0, 0.05])
+@pytest.mark.parametrize("normalisation", ["grpo", "dr-grpo", "dapo"])
+def test_the_flags_give_the_papers_losses(normalisation, kl):
+    """The equations at the top, written out, of two groups of three with unlike lengths."""
+    policy, old, ref, _, mask = random_step(3)
+    rewards = [[1.0, 0.0, 0.5], [0.0, 0.0, 1.0]]
+    ids = [[5] * int(row.nonzero().max() + 1) for row in mask]  # scored from the third token on
+    groups = [[Row(str(g), ids[3 * g + k], 2, rewards[g][k]) for k in range(3)] for g in range(2)]
+    batch = collate(groups, 0)
+    assert torch.equal(batch.loss_mask, mask)
+    c = AlignConfig(method="grpo", normalisation=normalisation, clip_low=0.1, clip_high=0.4, kl=kl)
+    c = dataclasses.replace(c, max_new_tokens=9)
+    micro = rollouts.Micro(batch, old_token_logps=old, ref_token_logps=ref if kl else None)
+    ours, twin = leaf(policy), leaf(policy)
+    mean_length = mask.sum().item() / 6
+    loss = align.grpo(align.tabulate(ours, micro, mean_length, True), c, None)
+
+    advantages = f64(rewards) - f64(rewards).mean(1, keepdim=True)
+    if normalisation != "dr-grpo":
+        advantages = advantages / (f64(rewards).std(1, keepdim=True) + 1e-4)
+    denominator = {"grpo": None, "dr-grpo": 9, "dapo": mean_length}[normalisation]
+    expected = loops(twin, old, ref, advantages.flatten(), mask, 0.1, 0.4, kl, denominator)
+    close(loss.sum(), expected.sum() / 3)
+    close(grad(loss, ours)[0], grad(expected / 3, twin)[0])
+
+
 @pytest.mark.parametrize("normalisation", align.NORMALISATIONS)
 def test_each_normalisation_trains_and_logs(policy, first_half, tmp_path, normalisation):
     argv = [
@@ -610,6 +636,16 @@ def test_a_run_is_not_resumed_on_other_answers(policy, first_half, tmp_path):
     jsonl(tmp_path / "q.jsonl", rows[0], rows[1] | {"answer": "5"})
     assert_one_line_error(run_grpo(policy, *argv, "--resume", cwd=tmp_path), "--resume: data_digest is")
     jsonl(tmp_path / "q.jsonl", *rows)
+    assert run_grpo(policy, *argv, "--resume", cwd=tmp_path).returncode == 0
+
+
+def test_a_run_is_not_resumed_under_another_reference(policy, first_half, tmp_path):
+    ref = small_policy(tmp_path / "ref", seed=3)
+    argv = ["--ref", ref, "--kl", 0.1]
+    assert run_grpo(policy, *argv, "--stop-at", 2, cwd=tmp_path).returncode == 0
+    small_policy(ref, seed=4)
+    assert_one_line_error(run_grpo(policy, *argv, "--resume", cwd=tmp_path), "--resume: ref_digest is")
+    small_policy(ref, seed=3)
     assert run_grpo(policy, *argv, "--resume", cwd=tmp_path).returncode == 0
 
 

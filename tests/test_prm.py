@@ -8,6 +8,7 @@ R      = 1 right, drop < rho;  1 - gamma right, drop >= rho;  0 wrong           
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from decimal import Decimal, getcontext
 from functools import partial
@@ -471,6 +472,27 @@ def test_sample_takes_a_reward_model_where_it_takes_a_dpo_model(trained, policy)
     assert_one_line_error(asked, "prm: is a reward model", "allowed: a language model")
 
 
+def test_what_a_verifier_cannot_judge_is_counted_and_has_the_score_0(trained, policy, tmp_path):
+    """No step, nothing at all, more tokens than the context; sixty steps are no more than two."""
+    many = "\n".join(f"Kim has {i}." for i in range(60))
+    texts = ["Tom has 3.\n#### 3", "#### 10", "", f"{many}\n#### 3", f"{many * 9}\n#### 3"]
+    sampled = [Samples(replace(PROMPT, answer="3"), [Response(text, True, answer="3") for text in texts])]
+    file = write(tmp_path / "s.jsonl", sampled)
+    argv = ["sample.py", "--samples", file, "--out", "scored.jsonl", "--verifier"]
+    done = script(*argv, trained / "prm", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = "3 of 5 responses were not judged and have the score 0: they have no step, or are longer than"
+    assert said in done.stdout
+    [samples] = read_samples(tmp_path / "scored.jsonl")
+    found = [(len(r.step_scores["prm"]), r.scores["prm"] > 0) for r in samples.responses]
+    assert found == [(1, True), (0, False), (0, False), (60, True), (0, False)]
+    done = script(*argv, policy, "--ref", policy, "--overwrite", cwd=tmp_path)
+    assert_one_line_error(done, "problem '1': a response of", "allowed: up to 512", "--truncate-words")
+    write(file, [replace(sampled[0], responses=[r for r in sampled[0].responses if r.text])])
+    short = ["--ref", policy, "--truncate-words", 5, "--overwrite"]
+    assert script(*argv, policy, *short, cwd=tmp_path).returncode == 0
+
+
 def test_a_stopped_and_resumed_run_ends_with_the_same_bits_and_needs_the_same_labels(trained, policy):
     argv = ["--task", "prm", "--init", policy, "--samples", "train.jsonl", "--steps", 6, "--batch-size", 8]
     argv += ["--device", "cpu", "--peek", 1]
@@ -581,6 +603,10 @@ def test_each_token_gets_the_advantage_of_its_step(policy):
     assert sorted(set(found)) == list(range(61)) and found == sorted(found)
     none = drawn(tokenizer, "#### 7", True, [])  # no step: all of it has the outcome's
     assert set(rollouts.step_of_token(tokenizer, none)) == {0}
+    unread = drawn(tokenizer, "It is 3.\nSo 7.\n#### 7", True, [])  # longer than the PRM's context
+    for one in (none, unread):
+        rows = rollouts.as_drawn(tokenizer, replace(samples, responses=[one, cut]), config)
+        assert {*rows[0].advantages} == {*step_advantages([1, 0], [[], [0.4]])[0]}
     plain = rollouts.as_drawn(tokenizer, samples, AlignConfig(method="grpo"))
     assert collate([plain], tokenizer.pad_id).advantages is None
 
@@ -620,7 +646,14 @@ def test_grpo_learns_from_what_the_prm_says(trained, policy, tmp_path, reward):
 def test_a_run_with_step_advantages_resumes_with_the_same_bits(trained, policy, tmp_path):
     argv = ["--reward", "steps", "--verifier", trained / "prm", "--steps", 4, "--updates", 2]
     assert grpo(policy, *argv, cwd=tmp_path).returncode == 0
-    assert grpo(policy, *argv, "--out", "halves", "--stop-at", 2, cwd=tmp_path).returncode == 0
+    argv[argv.index("--verifier") + 1] = "prm"  # a copy, which can be spoiled
+    shutil.copytree(trained / "prm", tmp_path / "prm")
+    assert grpo(policy, *argv, "--out", "halves", "--overwrite", "--stop-at", 2, cwd=tmp_path).returncode == 0
+    config = (tmp_path / "prm" / "config.json").read_text()
+    (tmp_path / "prm" / "config.json").write_text(config + " ")
+    done = grpo(policy, *argv, "--out", "halves", "--resume", cwd=tmp_path)
+    assert_one_line_error(done, "--resume: verifier_digest is")
+    (tmp_path / "prm" / "config.json").write_text(config)
     done = grpo(policy, *argv, "--out", "halves", "--resume", cwd=tmp_path)
     assert done.returncode == 0 and "steps 3 to 4" in done.stdout, done.stderr
     one, two = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "halves"))
