@@ -23,25 +23,28 @@ RUNS = {
     "pro": ["align.py", "--method", "pro"],
     "dpo": ["align.py", "--method", "dpo", "--pair-low", 0, "--pair-high", 1],
     "rft": ["align.py", "--method", "rft"],
+    "prm": ["train.py", "--task", "prm", "--lr", 1e-4],
 }
 
 
 def samples(path):
-    """Made-up responses: the solution with its steps reversed (right) and with a slip (wrong)."""
+    """Made-up responses: the solution with its steps reversed (right) and with a slip (wrong); labels of
+    their steps."""
     groups = []
     for problem in read_problems("toy", "train", limit=40):
         *steps, last = problem.solution.split("\n")
-        right = [Response("\n".join([*steps[::-1], last]), True)]
-        wrong = [Response(f"{steps[0]}\n#### {int(problem.answer) + k}", False) for k in (1, 2)]
+        right = [Response("\n".join([*steps[::-1], last]), True, step_labels=[True] * len(steps))]
+        slips = [f"{steps[0]}\n#### {int(problem.answer) + k}" for k in (1, 2)]
+        wrong = [Response(text, False, step_labels=[False]) for text in slips]
         groups.append(Samples(problem, right + wrong))
     path.write_text("".join(json.dumps(samples_to_row(group)) + "\n" for group in groups))
 
 
 def curve(name, folder):
     script_name, *argv = RUNS[name]
-    if script_name == "align.py":
+    if script_name == "align.py" or "prm" in argv:
         samples(folder / "samples.jsonl")
-        argv += ["--init", "toy", "--samples", "samples.jsonl", "--batch-size", 4, "--lr", 3e-4]
+        argv = ["--init", "toy", "--samples", "samples.jsonl", "--batch-size", 4, "--lr", 3e-4, *argv]
     done = script(script_name, *argv, *COMMON, cwd=folder)
     assert done.returncode == 0, done.stderr
     lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()

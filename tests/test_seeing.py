@@ -13,16 +13,17 @@ from minicot.data import IMAGE, check_pictures, collate, encode_row, image_reade
 from minicot.data import render, target
 from minicot.images import ImageProcessor
 from minicot.recipes.llava_diagnose import readings, save_as
-from minicot.records import Problem, read_samples
+from minicot.records import Problem, read_samples, samples_to_row
 from minicot.sampling import generate, sample_groups
 from minicot.scoring import pack, score, score_plain
 from minicot.sets import read_problems
 from minicot.tokenizer import Tokenizer
 from minicot.toy import pictures
 from minicot.toy.base_text import PROCESSOR, TOWER, recall
+from minicot.toy.lines import labelled
 from minicot.training import resolve
 from minicot.weights import load_model
-from tests.helpers import assert_one_line_error, script
+from tests.helpers import assert_one_line_error, jsonl, script
 
 N = 16  # placeholders a picture
 
@@ -127,6 +128,32 @@ def test_the_flow_from_pictures_to_an_aligned_model(folder):
     assert (home / "aft" / "preprocessor_config.json").is_file()
     done = run("sample.py", "--model", "aft", "--data", "toy-pictures", "--limit", 4, "--evaluate", "--blind")
     assert done.returncode == 0 and "greedy accuracy" in done.stdout
+
+
+def test_the_flow_from_labelled_pictures_to_ps_grpo(folder, tmp_path):
+    """A PRM of chains about pictures, which judges others and pays a policy that sees."""
+    drawn = [labelled(scene, draw) for draw in range(2) for scene in pictures.scenes("train", 6, 0, None)]
+    jsonl(tmp_path / "labelled.jsonl", *map(samples_to_row, drawn))
+    done = script(
+        "train.py", "--task", "prm", "--init", folder, "--samples", "labelled.jsonl", "--steps", 2,
+        "--batch-size", 4, "--out", "prm", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "prm" / "preprocessor_config.json").is_file()
+    argv = ["--verifier", "prm", "--samples", "labelled.jsonl", "--out", "scored.jsonl"]
+    done = script("sample.py", *argv, cwd=tmp_path)
+    assert done.returncode == 0 and "not judged" not in done.stdout, done.stderr
+    for samples in read_samples(tmp_path / "scored.jsonl"):
+        for r in samples.responses:
+            assert len(r.step_scores["prm"]) == len(r.step_labels)
+    done = script(
+        "align.py", "--method", "grpo", "--reward", "steps", "--verifier", "prm", "--init", folder, "--data",
+        "toy-pictures", "--limit", 4, "--eval-split", "", "--k", 2, "--batch-size", 2, "--steps", 1, "--kl",
+        0.1, "--max-new-tokens", 12, "--out", "grpo", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    [line] = map(json.loads, (tmp_path / "grpo" / "metrics.jsonl").read_text().splitlines())
+    assert 0 < line["prm_score"] < 1 and line["reward"] >= line["prm_score"] - 1e-6 and line["grad_norm"] > 0
 
 
 @pytest.mark.parametrize(
