@@ -48,7 +48,7 @@ SIZES = {
     "rows": 1024,  # sequences decoded together
 }
 FAST = dict(
-    taught=160, epochs=1, batch_size=4, labelled=16, k=4, reward_steps=4, reward_lrs=(1e-4,), rl_steps=2,
+    taught=160, epochs=1, batch_size=4, labelled=64, k=4, reward_steps=4, reward_lrs=(1e-4,), rl_steps=2,
     rl_lrs=(1e-5,), questions=2, responses=4, accumulate=1, validation=8, test=16, n=4, rows=32,
 )  # fmt: skip
 
