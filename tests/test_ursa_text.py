@@ -18,7 +18,7 @@ def declared(tmp_path, monkeypatch):
     row = lambda i: {"id": str(i), "question": f"{i} + 1?", "answer": i, "solution": f"{i} + 1\n#### {i}"}
     write_jsonl("own.jsonl", map(row, range(300)))
     E = ursa_text.E
-    E.parse(["--data", "own.jsonl", "--fast", "--splits", "train[:200]", "train[200:250]", "train[250:]"])
+    E.parse(["--data", "own.jsonl", "--fast", "--splits", "train[:250]", "train[250:275]", "train[275:]"])
     ursa_text.declare(E)
     E.check(ursa_text.CLAIMS)
     yield {model.name: model for model in E.models}
@@ -32,7 +32,7 @@ def test_both_reward_models_learn_from_one_file_and_both_rl_arms_from_the_same_f
     assert declared["grpo"].grid == declared["rft"].grid
     same = ("init", "steps", "batch_size", "accumulate", "data")
     assert [grpo[flag] for flag in same] == [rft[flag] for flag in same]
-    assert grpo["split"] == rft["samples"].flags["split"] == "train[160:176]"
+    assert grpo["split"] == rft["samples"].flags["split"] == "train[160:224]"
     assert declared["sft"].flags["split"] == "train[0:160]"
 
 
