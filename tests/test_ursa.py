@@ -14,7 +14,7 @@ from minicot.recipes import ursa, ursa_grpo, ursa_labels
 from minicot.runs import write_jsonl
 from minicot.sets import read_problems
 from minicot.synthesis import number_steps
-from minicot.toy import pictures, teacher
+from minicot.toy import lines, pictures, teacher
 
 
 def written(path, *sampled):
@@ -273,21 +273,32 @@ def test_all_arms_start_from_ursas_models_in_ursas_folder(declared):
 
 
 def test_habits_by_hand(tmp_path):
-    def one(correct, scores, n):
+    """Two right chains without a wrong step, two with one, of each kind one with a drop; wrong ones."""
+
+    def one(text, correct, scores, n):
         mean = {"prm": sum(scores) / len(scores)}
         how = dict(answer="1" if correct else None, scores=mean, step_scores={"prm": scores})
-        return Response("x", correct, ids=[7] * n, **how)
+        return Response(text, correct, ids=[7] * n, **how)
 
+    def chain(scene, sound):
+        chains = [lines.labelled(scene, draw).responses[0] for draw in range(30)]
+        return next(r.text for r in chains if r.correct == sound)
+
+    a, b, c = pictures.scenes("train", 3, 0, None)
     steady, falling = [0.9, 0.8], [0.9, 0.6]
-    pool = [one(True, steady, 10), one(True, falling, 20), one(False, falling, 40), one(False, steady, 50)]
-    problems = [Samples(Problem("p", "q"), pool), Samples(Problem("q", "q"), pool[2:])]
+    wrong = [one("x", False, falling, 40), one("x", False, steady, 50)]
+    pool = [one(chain(a, True), True, steady, 10), one(chain(a, False), True, falling, 20), *wrong]
+    more = [one(chain(c, True), True, falling, 30), one(chain(c, False), True, steady, 30)]
+    problems = [Samples(Problem(s.id, "q"), own) for s, own in ((a, pool), (b, wrong), (c, more))]
     ursa_grpo.habits(tmp_path / "out", written(tmp_path / "scored", *problems), seed=0)
     assert read(tmp_path / "out") == {
-        "sampled": [0.5, 0.0],
-        "prm": [0.8, 0.8],
-        "length": [30.0, 45.0],
-        "drops": [[1, 2], [0, 0]],
-        "form": [0.5, 0.0],
+        "sampled": [0.5, 0.0, 1.0],
+        "prm": [0.8, 0.8, 0.8],
+        "length": [30.0, 45.0, 30.0],
+        "drops": [[1, 2], [0, 0], [1, 2]],
+        "faulty": [[1, 2], [0, 0], [1, 2]],
+        "caught": [[1, 1], [0, 0], [0, 1]],
+        "form": [0.5, 0.0, 1.0],
     }
 
 

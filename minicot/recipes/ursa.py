@@ -108,8 +108,11 @@ COLUMNS = {
         "paper": PAPER,
     }
 }
-PIVOTS = [("choosing among n", model, WAYS, (1, 2, 4, 8, 16, 32)) for model in ("prm", "orm")]
-PIVOTS += [("choosing among n", "dpo", ("majority", "best", "vote", "pass"), (1, 2, 4, 8, 16, 32))]
+POINTS = (1, 2, 4, 8, 16, 32)
+OTHERS = {f"other {way}": way for way in ("majority", "mean", "min", "vote", "pass")}
+PIVOTS = [("choosing among n", model, WAYS, POINTS) for model in ("prm", "orm")]
+PIVOTS += [("choosing among n", "dpo", ("majority", "best", "vote", "pass"), POINTS)]
+PIVOTS += [("among n of another model", model, tuple(OTHERS), POINTS) for model in ("prm", "orm")]
 JOINT = {
     "PRM, best": ("prm", "mean"),
     "PRM, vote": ("prm", "vote"),
@@ -214,7 +217,8 @@ def declare(E):
         E.read("curves", all_curves, own, of=[model])
         E.read("matched", length_matched, own, of=[model])
         if model.name in ("prm", "orm"):
-            others = {f"other {way}@{s.n}": f"{way}@{s.n}" for way in ("majority", "mean")}
+            at = [n for n in POINTS if n <= s.n]
+            others = {f"{name}@{n}": f"{way}@{n}" for name, way in OTHERS.items() for n in at}
             E.read("other", all_curves, scored("scored-other", chains[1]), of=[model], take=others)
         return own
 

@@ -18,6 +18,7 @@ update; questions that are always or never solved are not filtered out before.
 """
 
 from minicot import plots
+from minicot.answers import split_steps
 from minicot.recipes import ursa
 from minicot.recipes.experiment import Experiment
 from minicot.recipes.llava_reasoner import PICTURES
@@ -26,6 +27,7 @@ from minicot.records import fields_of, read_samples
 from minicot.rewards import largest_drop
 from minicot.runs import write_json
 from minicot.sets import read_problems
+from minicot.toy import pictures
 
 SIZES = {
     "seeds": 2,
@@ -46,7 +48,9 @@ ARMS = {"grpo": "outcome", "ps-grpo": "ps-grpo", "v1": "mean", "v2": "steps"}
 
 # Metrics: accuracy: greedy. Of samples at temperature 1: sampled: accuracy; prm: the PRM's mean score;
 # length: in tokens; drops: share of the right ones whose step scores drop by 30 % (rho) somewhere.
-# Written down before the run. The interval of 2 seeds x 2,000 problems is about 1.3 points to each side.
+# Added after the run, no claim: faulty: share of the right ones that have a wrong step, by the oracle;
+# caught: of these, share with a drop.
+# Claims written down before the run; an interval of 2 seeds x 2,000 problems: about 1.3 points to each side.
 CLAIMS = claims("""
 d1*|accuracy|ps-grpo|grpo|up             |PS-GRPO beats GRPO
 d2 |accuracy|grpo   |sft |up             |GRPO beats SFT
@@ -70,6 +74,7 @@ COLUMNS = {
         "PRM's mean score": "{prm:.3f}",
         "tokens": "{length:.1f}",
         "right ones with a drop": "{drops:.1%}",
+        "with a wrong step, of these with a drop": "{faulty:.1%}, {caught:.0%}",
         "in the form asked for": "{form:.1%}",
         "paper": PAPER,
     }
@@ -79,14 +84,24 @@ TRACKED = {"right": "right samples (share)", "prm_score": "PRM's mean score", "l
 
 def habits(out, scored, *, seed):
     """{"sampled", "prm", "length", "form" (has it an answer?): of each problem's samples the mean; "drops":
-    [with a drop, right]}."""
-    sampled = [one.responses for one in read_samples(scored) if one.responses]
+    [with a drop, right]; "faulty": [with a wrong step, right]; "caught": [with a drop, faulty]}."""
+    read = [one for one in read_samples(scored) if one.responses]
+    sampled = [one.responses for one in read]
     mean = lambda value: [round(sum(map(value, rs)) / len(rs), 3) for rs in sampled]
-    right = [[largest_drop(r.step_scores["prm"]) >= 0.3 for r in rs if r.correct] for rs in sampled]
-    drops = [[sum(one), len(one)] for one in right]
+    drop = lambda r: largest_drop(r.step_scores["prm"]) >= 0.3
+    right = [[(drop(r), not sound(one, r)) for r in one.responses if r.correct] for one in read]
+    drops = [[sum(a for a, _ in one), len(one)] for one in right]
+    faulty = [[sum(b for _, b in one), len(one)] for one in right]
+    caught = [[sum(a and b for a, b in one), sum(b for _, b in one)] for one in right]
     lists = {"sampled": mean(lambda r: r.correct), "prm": mean(lambda r: r.scores["prm"])}
     lists["form"] = mean(lambda r: r.answer is not None)
-    write_json(out, lists | {"length": mean(lambda r: len(r.ids)), "drops": drops})
+    lists |= {"length": mean(lambda r: len(r.ids)), "drops": drops, "faulty": faulty, "caught": caught}
+    write_json(out, lists)
+
+
+def sound(samples, response):
+    """Whether every step of a response about a toy picture is right."""
+    return all(pictures.label_steps(samples.problem.id, split_steps(response.text)))
 
 
 def declare(E):
