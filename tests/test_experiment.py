@@ -626,6 +626,7 @@ RECIPES = {"aft_main": aft, "aft_all": aft, "mme_cot": mme_cot}
 RECIPES |= {"llava_reasoner": llava_reasoner, "llava_verifier": llava_verifier}
 RECIPES |= {"llava_long": llava_reasoner}
 RECIPES |= {"cot_max": cot_max, "cot_max_text": cot_max_text, "grpo": grpo, "ursa": ursa}
+RECIPES |= {"ursa_grpo": ursa_grpo}
 
 
 JUDGED = [aft, cot_max, cot_max_text, grpo, llava_reasoner, llava_verifier, mme_cot, ursa, ursa_grpo]
