@@ -15,8 +15,8 @@ from minicot.errors import InputError
 # What stands before the answer; the answer runs to the end of the line.
 _MARKERS = {
     "hash": re.compile(r"(?<!#)####(?!#)"),  # GSM8K
-    "answer": re.compile(r"(?<!#)###[ \t]*Answer[ \t]*:", re.IGNORECASE),
-    "dagger": re.compile(r"†[ \t]*Answer[ \t]*:", re.IGNORECASE),  # URSA
+    "answer": re.compile(r"(?<!#)###[ \t]*Answer\**[ \t]*:", re.IGNORECASE),
+    "dagger": re.compile(r"†[ \t]*Answer\**[ \t]*:", re.IGNORECASE),  # URSA
     "sentence": re.compile(r"\bthe (?:final |correct )?answer is\b:?", re.IGNORECASE),
 }
 STYLES = (*_MARKERS, "boxed", "letter")
@@ -27,9 +27,9 @@ _BARE_LETTER = re.compile(r"([A-E])(?:[).:](?!\w)|$)")  # "B", "B.", "B) a pen",
 _LONE_LETTER = re.compile(r"\(?([A-E])\)?\.?")
 _STEP_HEAD = re.compile(r"(?:\*\*)?step \d+\s*(?::|\.(?!\d))", re.IGNORECASE)
 _ANSWER_LINE = re.compile(
-    r"[>*_\s-]*(?:#{1,3}\s+[>*_\s-]*)?(?:"  # Markdown around it
-    r"####(?!#)|###\s*answer\s*:|†\s*answer\s*:|answer\s*:|\$?\\boxed\{|"
-    r"(?:(?:so|thus|hence|therefore),? )?the (?:final |correct )?answer is\b)",
+    r"[>*_\s-]*(?:#{1,3}\s+[>*_\s-]*)?"  # Markdown around a marker
+    r"(?:####(?!#)|###\s*answer\**\s*:|†\s*answer\**\s*:|answer\**\s*:)|\$?\\boxed\{|"
+    r"(?:\*\*)?(?:(?:so|thus|hence|therefore),? )?the (?:final |correct )?answer is\b",
     re.IGNORECASE,
 )
 
@@ -73,13 +73,20 @@ def extract_answer(text: str, style: str) -> str | None:
 
 def _after_last(marker: re.Pattern, text: str) -> str | None:
     ends = [match.end() for match in marker.finditer(text)]
-    return re.split(r"[\r\n]", text[ends[-1] :], maxsplit=1)[0] if ends else None
+    return _unbold(re.split(r"[\r\n]", text[ends[-1] :], maxsplit=1)[0]) if ends else None
+
+
+def _unbold(line: str) -> str:
+    """Without Markdown's bold around all of it, and without the one of a pair that stands at an end."""
+    line = line.strip().removesuffix(".")
+    if line.count("**") == 1:  # the other stands before the marker
+        return line.removeprefix("**").removesuffix("**")
+    return line[2:-2] if re.fullmatch(r"\*\*(?:(?!\*\*).)+\*\*", line) else line
 
 
 def _trim(answer: str) -> str:
     while True:
         before, answer = answer, answer.strip().removesuffix(".").rstrip()
-        answer = answer.removeprefix("**").removesuffix("**")
         if len(answer) > 2 and answer[0] == answer[-1] == "$" and "$" not in answer[1:-1]:
             answer = answer[1:-1]
         if answer.startswith(r"\(") and answer.endswith(r"\)"):

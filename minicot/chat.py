@@ -68,7 +68,7 @@ class Endpoint:
     JSON then counts as broken. `cache`: a folder with one file a reply, whose name is the digest of the whole
     request; a corrupt file is ignored, counted and replaced; failures are not kept.
 
-    Time-outs (`timeout` seconds without a byte, or in all for a reply's body), lost connections, HTTP 408,
+    Time-outs (`timeout` seconds without a byte, or in all), lost connections, HTTP 408,
     429 and 5xx and broken replies are tried again, `tries` times in all, after about `backoff`, 2 `backoff`,
     4 `backoff`, ... seconds and the seconds of a Retry-After. Other statuses are not. `events` lists what
     happened: "sent", "again", "cached", "corrupt", and, at a request's end, "let in" or "shut out".
@@ -155,8 +155,8 @@ class Endpoint:
         self.events.append("sent")
         options = dict(content=content, headers=headers(), timeout=self.timeout)
         try:
+            ends, body = time.monotonic() + self.timeout, b""
             with get_session().stream("POST", self.address, **options) as response:
-                ends, body = time.monotonic() + self.timeout, b""
                 for piece in response.iter_bytes():
                     body += piece
                     if time.monotonic() > ends:  # byte by byte it may go on for ever
@@ -186,7 +186,7 @@ class Endpoint:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             start, what = legible(content.decode(errors="replace")), legible(repr(error))
             raise ChatError("broken reply", f"{what:.60} in {start!r}", retry=True) from None
-        if len(key()) >= SECRET and key() in reply.text:
+        if len(key()) >= SECRET and any(form in reply.text for form in spellings()):
             raise ChatError("it repeats the key")
         return reply
 
@@ -233,11 +233,16 @@ def key():
     return os.environ.get(KEY, "").strip()
 
 
+def spellings():
+    """The key as it is and as JSON or Python write it; nothing where there is none."""
+    written = [key(), json.dumps(key())[1:-1], repr(key())[1:-1]]
+    return {*written, *(form.replace("/", r"\/") for form in written)} - {""}
+
+
 def legible(text):
-    """What a server or the network says, without the key that it may repeat (as it is, or as JSON or Python
-    write it), on one line, cut short."""
-    text, written = str(text), [key(), json.dumps(key())[1:-1], repr(key())[1:-1]]
-    for form in {*written, *(form.replace("/", r"\/") for form in written)} - {""}:
+    """What a server or the network says, without the key that it may repeat, on one line, cut short."""
+    text = str(text)
+    for form in spellings():
         text = text.replace(form, "***")
     return " ".join(text.split())[:200]
 

@@ -204,7 +204,7 @@ class Run:
                 if settings[name] != before.get(name):
                     raise InputError(
                         f"--resume: {name} is {settings[name]!r}, the run in {self.out} has "
-                        f"{before.get(name)!r}; allowed: the same settings and data"
+                        f"{before.get(name)!r}; allowed: the same settings, data and weights"
                     )
             return
         if not first():

@@ -66,21 +66,22 @@ JUDGE = (
     "it or going in circles? Reply with one word, yes or no."
 )
 HEAD = re.compile(r"(?:\*\*)?step (\d{1,4})\s*(?::|\.(?!\d))(?:\*\*)?\s*(.*)", re.IGNORECASE | re.DOTALL)
-ANSWER_LINE = re.compile(r"\s*†\s*answer\s*:", re.IGNORECASE)
+ANSWER_LINE = re.compile(r"[>#*_\s-]*†\s*answer\**\s*:", re.IGNORECASE)
 TAG = re.compile(r"\s*<(pos|neg)>$")
 # A step that leans on the answer it was told, or doubts it; a step that gives the misreading away.
 ASSUMES = re.compile(
-    r"\b(?:assum|suppos|trust|accept|believ)\w*\b[^.\n]{0,60}\banswer\b|\bdoubt\w*\b|"
-    r"\b(?:know|known|told|since|because|as) (?:that )?the (?:answer|solution) (?:is|was|must|has|equals)\b|"
-    r"\b(?:answer|solution) (?:that )?(?:is |was )?(?:given|provided|known|supplied)\b|"
-    r"\b(?:given|provided|stated|known|expected|reference|gold|official) (?:answer|solution)\b|"
+    r"\b(?:assum|suppos|trust|accept|believ)\w*\b[^.\n]{0,60}\banswer\b|\bI (?:still )?doubt\b|"
+    r"\b(?:know|known|told|since|because|as) (?:that )?the answer (?:is|was|equals)\b|"
+    r"\banswer (?:that )?(?:is |was )?(?:given|provided|known|supplied)\b|"
+    r"\b(?:given|provided|stated|known|expected|reference) answer\b|"
+    r"\b(?:reference|gold|official) (?:answer|solution)\b|"
     r"\banswer key\b|\b(?:match|fit|reach)\w* the answer\b|"
     r"\banswer\b[^.\n]{0,40}\b(?:wrong|incorrect|mistaken|as (?:given|provided|stated))\b",
     re.IGNORECASE,
 )
 TELLS = re.compile(
     r"\b(?:alter(?:ed|ation)|misread\w*|misinterpret\w*|deliberate\w*|on purpose|mistake\w*|incorrect\w*|"
-    r"wrong\w*|I (?:have )?(?:changed?|swapp?(?:ed)?|replaced?)|instead of \S+ I)\b",
+    r"wrong\w*|I(?:'ve| have)? (?:changed|swapped|replaced) the|instead of \d\S* I)\b",
     re.IGNORECASE,
 )
 

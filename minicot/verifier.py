@@ -90,9 +90,10 @@ def log_ratios(model, ref, tokenizer, groups, **options):
     return values_of(difference, model, tokenizer, groups, **options)
 
 
-def context_of(model, sampled, reader):
-    """How many tokens a Row of the Samples may have."""
-    return longest_row(model.config.max_position_embeddings, [samples.problem for samples in sampled], reader)
+def too_long(row, samples, reader, *models):
+    """Whether a Row of these Samples is longer than the context of one of the models (None: no model)."""
+    context = min(model.config.max_position_embeddings for model in models if model)
+    return len(row.ids) > longest_row(context, [samples.problem], reader)
 
 
 def rows_of(tokenizer, samples, mode):
@@ -115,11 +116,10 @@ def log_ratio_scores(
     the model's context."""
     seen = truncate_words(sampled, words) if words else sampled
     groups = [rows_of(tokenizer, samples, mode) for samples in seen]
-    longest = context_of(model, sampled, reader)
-    for row in (row for rows in groups for row in rows if len(row.ids) > longest):
+    for row in (r for s, rows in zip(seen, groups) for r in rows if too_long(r, s, reader, model, ref)):
         raise InputError(
             f"problem {row.problem_id!r}: a response of {len(row.ids)} tokens with its prompt; allowed: up "
-            f"to {longest}, the model's context (--truncate-words scores the beginning alone)"
+            "to the context of the models (--truncate-words scores the beginning alone)"
         )
     ratios = log_ratios(model, ref, tokenizer, groups, reader=reader, batch_size=batch_size)
     for samples, rows in zip(sampled, groups):
@@ -145,9 +145,9 @@ def reward_scores(model, tokenizer, sampled, *, name, mode, how="mean", reader=N
     whole response) the probability that all is right so far, and scores[name], their aggregate `how`. One
     without a step, or longer than the model's context, has no step_scores: [], and the score 0."""
     encode = partial(encode_judged, tokenizer, mode=mode, kind=model.kind)
-    longest = context_of(model, sampled, reader)
     judged = [[encode(samples.problem, response) for response in samples.responses] for samples in sampled]
-    judged = [[row if row and len(row.ids) <= longest else None for row in rows] for rows in judged]
+    fits = lambda row, samples: row if row and not too_long(row, samples, reader, model) else None
+    judged = [[fits(row, samples) for row in rows] for samples, rows in zip(sampled, judged)]
     groups = [[row for row in rows if row] for rows in judged]
     options = dict(reader=reader, batch_size=batch_size, what="step scores")
     logits = lambda batch: (step_logits(model, batch), batch.step_ends >= 0)
@@ -182,7 +182,7 @@ def assess(
     token). "left_out" counts what is missing. `watch` is handed each list of groups as work on it begins
     (tqdm). metrics.assessment makes numbers of this."""
     problems = [samples.problem for samples in sampled]
-    longest = context_of(model, sampled, reader)
+    longest = longest_row(model.config.max_position_embeddings, problems, reader)
     groups, left_out = make_groups(tokenizer, sampled, mode=mode, max_length=longest, reference=reference)
     solved = [p for p in problems if (p.answer if mode == "direct" else p.solution) is not None]
     solutions = [encode_row(tokenizer, p, target(p, mode), mode=mode) for p in solved]

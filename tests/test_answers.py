@@ -218,7 +218,8 @@ def test_missing_answers_never_vote():
         "### †Answer: 7",
         "- †Answer: 7",
         "> ### **Answer: 7**",
-        "* **The answer is 7.**",
+        "**The answer is 7.**",
+        "**Answer**: 7",
         "## #### 7",
     ],
 )
@@ -239,16 +240,32 @@ def test_a_number_with_a_fraction_is_no_step_number():
 
 
 def test_marks_of_a_list_alone_make_no_answer_line_and_many_of_them_take_no_time():
-    for text in ("- 3 + 4 = 7", "**Step 1:** 3", "### Adding", "-" * 5000, "> " * 5000, "# " * 5000):
+    for text in (
+        "- 3 + 4 = 7",
+        "- The answer is their sum.",
+        "**Step 1:** 3",
+        "### Adding",
+        "-" * 5000,
+        "> " * 5000,
+        "# " * 5000,
+    ):
         assert split_steps(text) == [text.strip()]
 
 
 @pytest.mark.parametrize(
-    "text, style",
-    [("**†Answer:** 7", "dagger"), ("#### **7**", "hash"), ("**The answer is 7.**", "sentence")],
+    "text, style, answer",
+    [
+        ("**†Answer:** 7", "dagger", "7"),
+        ("**†Answer**: 7", "dagger", "7"),
+        ("#### **7**.", "hash", "7"),
+        ("**The answer is 7.**", "sentence", "7"),
+        ("**Answer: B**", "letter", "B"),
+        ("#### 2**3", "hash", "2**3"),
+        ("#### **a** or **b**", "hash", "**a** or **b**"),
+    ],
 )
-def test_bold_answers_are_read(text, style):
-    assert extract_answer(text, style) == "7"
+def test_bold_answers_are_read(text, style, answer):
+    assert extract_answer(text, style) == answer
 
 
 def test_empty_text_has_no_steps():

@@ -59,7 +59,7 @@ BUDGETS = {
     "pruner.py": 375,
     "selection.py": 175,
     "recipes/experiment.py": 281,
-    "recipes/tables.py": 140,
+    "recipes/tables.py": 141,
     "recipes/work.py": 72,
     **{f"recipes/{name}.py": 110 for name in RECIPES},
     "recipes/llava_verifier.py": 124,
@@ -133,7 +133,7 @@ def test_files_stay_within_their_budgets():
     total = sum(map(statements, core)) + sum(
         statements(ROOT / name) for name in SCRIPTS if (ROOT / name).exists()
     )
-    assert total <= 5160, total
+    assert total <= 5170, total
     assert sum(map(statements, sources(mme_cot))) <= 690
     assert sum(map(statements, sources(toy))) <= 1225
     assert sum(map(statements, sources(recipes))) <= 1610

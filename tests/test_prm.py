@@ -487,7 +487,9 @@ def test_what_a_verifier_cannot_judge_is_counted_and_has_the_score_0(trained, po
     found = [(len(r.step_scores["prm"]), r.scores["prm"] > 0) for r in samples.responses]
     assert found == [(1, True), (0, False), (0, False), (60, True), (0, False)]
     done = script(*argv, policy, "--ref", policy, "--overwrite", cwd=tmp_path)
-    assert_one_line_error(done, "problem '1': a response of", "allowed: up to 512", "--truncate-words")
+    assert_one_line_error(
+        done, "problem '1': a response of", "allowed: up to the context of", "--truncate-words"
+    )
     write(file, [replace(sampled[0], responses=[r for r in sampled[0].responses if r.text])])
     short = ["--ref", policy, "--truncate-words", 5, "--overwrite"]
     assert script(*argv, policy, *short, cwd=tmp_path).returncode == 0

@@ -145,7 +145,6 @@ def test_a_good_reply_becomes_the_problems_solution():
         "The answer that was provided says 10.",
         "But the answer 10 seems to be wrong.",
         "Since we know the answer is 10, 3 + 7 = 10.",
-        "As the answer must be 10, we add.",
         "We are told that the answer equals 10.",
         "The gold answer is 10.",
         "The correct answer should be 10, as provided.",
@@ -164,6 +163,7 @@ def test_a_step_that_leans_on_the_answer_is_refused(step):
 def test_ordinary_steps_lean_on_nothing():
     for steps in (
         ["Assume x > 0, so x = 3.", "Given 3 and 7, the sum is the correct answer."],
+        ["There is no doubt: as the answer must be whole, we round.", "The solution has 5 g of it."],
         ["We know 3 + 4 = 7, so the answer is 3 + 7 = 10.", "We take 10 as the answer."],
     ):
         text = number_steps(steps, "10")

@@ -150,8 +150,9 @@ def tables(results, columns, pivots=()):
     lines, first = [], next(iter(columns))
     for group, heads in columns.items():
         models = dict.fromkeys(c["name"] for c in results["cells"] if c.get("table", first) == group)
-        rows = [(model, *(entry(results, model, one) for one in heads.values())) for model in models]
-        lines += markdown((group, *heads), [row for row in rows if any(row[1:])]) if rows else []
+        words = ((model, *(entry(results, model, one) for one in heads.values())) for model in models)
+        rows = [row for row in words if any(row[1:])]  # what is not read out has none
+        lines += markdown((group, *heads), rows) if rows else []
     there = {cell["name"] for cell in results["cells"]}
     for head, model, names, points in (pivot for pivot in pivots if pivot[1] in there):
         rows = [(name, *(entry(results, model, f"{{{name}@{p}:.1%}}") for p in points)) for name in names]
