@@ -149,9 +149,11 @@ def tables(results, columns, pivots=()):
     point."""
     lines, first = [], next(iter(columns))
     for group, heads in columns.items():
-        models = dict.fromkeys(c["name"] for c in results["cells"] if c.get("table", first) == group)
-        words = ((model, *(entry(results, model, one) for one in heads.values())) for model in models)
-        rows = [row for row in words if any(row[1:])]  # what is not read out has none
+        read = [c for c in results["cells"] if c["metrics"] and c.get("table", first) == group]
+        rows = [
+            (model, *(entry(results, model, one) for one in heads.values()))
+            for model in dict.fromkeys(c["name"] for c in read)
+        ]
         lines += markdown((group, *heads), rows) if rows else []
     there = {cell["name"] for cell in results["cells"]}
     for head, model, names, points in (pivot for pivot in pivots if pivot[1] in there):
