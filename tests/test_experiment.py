@@ -265,12 +265,14 @@ def test_after_a_failure_no_cell_begins_and_those_at_work_are_finished(toy):
         name = Path(words[words.index("--out") + 1]).parts[3]
         began.append(name)
         if name == "broken-s0":
+            at_work.wait(10)  # or "slow" might not have begun
             raise InputError("exit code 2")
         if name == "slow-s0":
+            at_work.set()
             failed.wait(10)
         plain(words, log)
 
-    E, failed, began = toy(argv=["--seeds", "1"]), threading.Event(), []
+    E, at_work, failed, began = toy(argv=["--seeds", "1"]), threading.Event(), threading.Event(), []
     plain, E.command, end = E.command, command, E.end
     E.end = lambda error: (end(error), failed.set())
     declare(E)
